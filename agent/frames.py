@@ -1,0 +1,76 @@
+"""Frames over a channel: one list of buffers out, one warm buffer in.
+
+The reader's buffer is reused: a payload is valid until the next read. It holds any page batch from the start
+and grows only for a large control frame, whose length parse_header() has checked against its limit. Reading is unbuffered: no byte beyond the current frame is taken from the channel, so
+``poll_readable`` tells exactly whether another frame has begun.
+"""
+
+from __future__ import annotations
+
+import time
+
+from agent.channel import Channel
+from protocol.codec import Buffer
+from protocol.framing import HEADER_BYTES, FrameType, encode_frame, parse_header
+from protocol.limits import MAX_PAGES_FRAME_BYTES
+
+
+class FrameReader:
+    """Reads frames from a channel into one warm buffer."""
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
+        self.nr_frames = 0
+        self._header = bytearray(HEADER_BYTES)
+        self._buffer = memoryview(bytearray(MAX_PAGES_FRAME_BYTES))
+
+    def read_frame(self, *, timeout_s: float | None = None) -> tuple[FrameType, memoryview]:
+        """Wait for one whole frame; the payload is valid until the next call.
+
+        :raises PeerGone: the stream ended or broke.
+        :raises PeerSilent: the peer was silent for longer than ``timeout_s``.
+        :raises RemoteProtocolError: what came is not a frame.
+        """
+        self.channel.recv_exactly_into(self._header, timeout_s=timeout_s)
+        frame_type, length = parse_header(self._header)
+        if length > self._buffer.nbytes:
+            self._buffer = memoryview(bytearray(1 << (length - 1).bit_length()))
+        payload = self._buffer[:length]
+        self.channel.recv_exactly_into(payload, timeout_s=timeout_s)
+        self.nr_frames += 1
+        return frame_type, payload
+
+    def poll_frame(self) -> tuple[FrameType, memoryview] | None:
+        """A frame if one has begun to arrive, else None at once."""
+        return self.read_frame() if self.channel.poll_readable() else None
+
+
+class FrameWriter:
+    """Writes frames to a channel."""
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
+        self.nr_frames = 0
+
+    def write_frame(self, frame_type: FrameType, *buffers: Buffer) -> int:
+        """Send one frame; the buffers are free again afterwards. Returns its size with the header."""
+        self.nr_frames += 1
+        return self.channel.send_buffers(encode_frame(frame_type, *buffers))
+
+
+class RateLimiter:
+    """Holds a sender to a mean rate without building up debt or credit beyond ``burst_s``."""
+
+    def __init__(self, bytes_per_s: int | None, *, burst_s: float = 0.05) -> None:
+        self.bytes_per_s = bytes_per_s
+        self._burst_s = burst_s
+        self._free_at = 0.0
+
+    def throttle(self, nr_bytes: int) -> None:
+        """Account for bytes just sent; sleep as long as they are ahead of the rate."""
+        if not self.bytes_per_s:
+            return
+        now = time.monotonic()
+        self._free_at = max(self._free_at, now - self._burst_s) + nr_bytes / self.bytes_per_s
+        if self._free_at > now:
+            time.sleep(self._free_at - now)

@@ -1,0 +1,24 @@
+"""pidfds: fetching descriptors and sending signals. Opening is ``os.pidfd_open``.
+
+Sources: pidfd_getfd(2), pidfd_send_signal(2).
+"""
+
+from __future__ import annotations
+
+from agent.kernel.libc import syscall
+from agent.kernel.syscalls import NR_pidfd_getfd, NR_pidfd_send_signal
+
+
+def pidfd_getfd(pidfd: int, fd: int) -> int:
+    """Return an own descriptor (CLOEXEC) of the open file that is ``fd`` in the target; the caller closes it.
+
+    Since Linux kernel commit 8649c322f75c ("pid: Implement pidfd_getfd syscall") (in v5.6).
+
+    :raises OSError: EBADF: no such fd; ESRCH: the target is gone; EPERM: no ptrace access.
+    """
+    return syscall(NR_pidfd_getfd, pidfd, fd, 0)
+
+
+def pidfd_send_signal(pidfd: int, sig: int) -> None:
+    """Send ``sig`` (0: only check) to the process of ``pidfd``."""
+    syscall(NR_pidfd_send_signal, pidfd, sig, 0, 0)

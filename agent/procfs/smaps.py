@@ -1,0 +1,82 @@
+"""/proc/PID/smaps: the VmFlags of each mapping. Costs a walk over all page tables: not for every round.
+
+Addresses are target addresses. Source: Documentation/filesystems/proc.rst (the two-letter flags).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final, NamedTuple
+
+from agent.procfs.files import read_bytes
+
+
+class VmFlags(NamedTuple):
+    """The two-letter flags of the mapping [start, end): "rd", "wr", "gd" (grows down), "uw" (uffd-wp), ..."""
+
+    start: int
+    end: int
+    flags: frozenset[str]
+
+
+class SmapsEntry(NamedTuple):
+    """A mapping's counters in bytes by their names in smaps ("Rss", "Swap", ...), its flags and protection key."""
+
+    start: int
+    end: int
+    bytes_by_name: dict[str, int]
+    flags: frozenset[str]
+    protection_key: int
+
+
+_HEAD: Final = rb"^([0-9a-f]+)-([0-9a-f]+) [rwxsp-]{4} "
+_FLAGS: Final = re.compile(_HEAD + rb"|^VmFlags:(.*)$", re.MULTILINE)
+_LINE: Final = re.compile(_HEAD + rb"|^(\w+): +(\d+)( kB)?$|^VmFlags:(.*)$", re.MULTILINE)
+
+
+def parse_vm_flags(data: bytes) -> list[VmFlags]:
+    """Parse only what read_vm_flags() returns from the text of smaps."""
+    result: list[VmFlags] = []
+    known: dict[bytes, frozenset[str]] = {}
+    start = end = 0
+    for low, high, flags in _FLAGS.findall(data):
+        if low:
+            start, end = int(low, 16), int(high, 16)
+            continue
+        if flags not in known:
+            known[flags] = frozenset(flags.decode().split())
+        result.append(VmFlags(start, end, known[flags]))
+    return result
+
+
+def parse_smaps(data: bytes) -> list[SmapsEntry]:
+    """Parse the whole text of smaps."""
+    result: list[SmapsEntry] = []
+    start = end = 0
+    counters: dict[str, int] = {}
+    protection_key = 0
+    for low, high, name, value, unit, flags in _LINE.findall(data):
+        if low:
+            start, end = int(low, 16), int(high, 16)
+            counters, protection_key = {}, 0
+        elif unit:
+            counters[name.decode()] = int(value) * 1024
+        elif name == b"ProtectionKey":
+            protection_key = int(value)
+        elif flags:
+            vm_flags = frozenset(flags.decode().split())
+            result.append(SmapsEntry(start, end, counters, vm_flags, protection_key))
+    return result
+
+
+def read_vm_flags(pid: int) -> list[VmFlags]:
+    """Return the flags of every mapping, in address order.
+
+    :raises ProcessLookupError: the process is gone.
+    """
+    return parse_vm_flags(read_bytes(f"/proc/{pid}/smaps"))
+
+
+def read_smaps(pid: int) -> list[SmapsEntry]:
+    """Return counters and flags of every mapping, in address order."""
+    return parse_smaps(read_bytes(f"/proc/{pid}/smaps"))

@@ -1,0 +1,260 @@
+"""Durable records of how sessions ended, one small JSON file each.
+
+The destination decides once per session, before it answers: ``committed`` or ``aborted``. The first decision
+stands, whoever makes it, which is what makes the answer to ``--resolve`` final: to ask about a session that
+has no decision *makes* it aborted, and a COMMIT that arrives later finds that out. The source records a
+session whose COMMIT went unanswered, and forgets it once resolved.
+
+The default directory is on a tmpfs: a record outlives the agent and, like the processes it speaks of, not a
+reboot. Session names come from the peer and become file names: nothing but 32 hex digits passes. Files are
+complete or absent (written aside, synced, then linked or renamed).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import time
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypeVar
+
+from agent.errors import SetupError, UsageError
+
+_log = logging.getLogger(__name__)
+
+COMMITTED = "committed"
+ABORTED = "aborted"
+MAX_RECORD_BYTES = 64 << 10
+"""A record is a few hundred bytes; anything larger is not one of ours."""
+
+_SESSION_RE = re.compile(r"[0-9a-f]{32}\Z")
+_DECISION_SUFFIX = ".decision.json"
+_UNDECIDED_SUFFIX = ".undecided.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecisionRecord:
+    """What the destination decided; ``pid`` is the restored process (0 when aborted)."""
+
+    session: str
+    decision: str
+    pid: int = 0
+    recorded_at: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_session(self.session)
+        if self.decision not in (COMMITTED, ABORTED):
+            raise ValueError(f"decision {self.decision!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UndecidedRecord:
+    """A frozen original whose COMMIT went unanswered.
+
+    ``start_ticks`` (proc_pid_stat(5), starttime) and ``boot_id`` tell the process from a later one with the
+    same pid; ``hold`` says how it is kept from running (``sigstop`` or the path of a cgroup); ``facts`` is for
+    whatever else the source needs to let it go or end it.
+    """
+
+    session: str
+    pid: int
+    address: str
+    start_ticks: int
+    boot_id: str
+    hold: str = "sigstop"
+    facts: dict[str, Any]
+    recorded_at: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_session(self.session)
+
+    def still_exists(self) -> bool:
+        """Whether the very process of the record is still there."""
+        return self.boot_id == boot_id() and self.start_ticks == start_ticks(self.pid)
+
+
+_Record = TypeVar("_Record", DecisionRecord, UndecidedRecord)
+
+
+def default_state_dir() -> str:
+    """``/run/ferry`` for root, below the user's own run directory for others."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    if os.geteuid() and runtime:
+        return os.path.join(runtime, "ferry")
+    return "/run/ferry" if not os.geteuid() else f"/tmp/ferry-{os.geteuid()}"
+
+
+def check_session(session: str) -> str:
+    """Return ``session`` if it is the name of one.
+
+    :raises ValueError: it is not 32 lower-case hex digits.
+    """
+    if not _SESSION_RE.match(session):
+        raise ValueError(f"Not a session (32 hex digits): {session!r}")
+    return session
+
+
+def start_ticks(pid: int) -> int | None:
+    """When the process started, in clock ticks since boot; None if there is none."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stream:
+            text = stream.read()
+    except OSError:
+        return None
+    # comm may hold spaces and parentheses; starttime is field 22, the 20th after it.
+    return int(text[text.rindex(b")") + 2 :].split()[19])
+
+
+def boot_id() -> str:
+    """This boot of the kernel; empty where it cannot be read."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as stream:
+            return stream.read().strip()
+    except OSError:
+        return ""
+
+
+class SessionStore:
+    """The records below one directory, which is made on the first write (mode 0700)."""
+
+    def __init__(self, directory: str = "") -> None:
+        self.directory = directory or default_state_dir()
+
+    # -- destination -----------------------------------------------------------------------------------
+
+    def record_decision(self, session: str, decision: str, pid: int = 0) -> DecisionRecord:
+        """Record the decision durably, unless there is one, and return the one that stands.
+
+        :raises SetupError: it could not be recorded; nothing may be answered or resumed then.
+        """
+        record = DecisionRecord(session=session, decision=decision, pid=pid, recorded_at=time.time())
+        temporary = self._write_aside(session, asdict(record))
+        try:
+            # link(2) fails if the name exists: the first decision wins, also between two agents.
+            os.link(temporary, self._path(session, _DECISION_SUFFIX))
+        except FileExistsError:
+            standing = self.lookup(session)
+            if standing is None:
+                raise SetupError(f"Cannot read the recorded decision of session {session}") from None
+            return standing
+        except OSError as err:
+            raise SetupError(f"Cannot record session {session}: {err.strerror}") from err
+        finally:
+            os.unlink(temporary)
+        self._sync_directory()
+        return record
+
+    def lookup(self, session: str) -> DecisionRecord | None:
+        """The decision of a session; None if there is none."""
+        return self._read(session, _DECISION_SUFFIX, DecisionRecord)
+
+    # -- source ----------------------------------------------------------------------------------------
+
+    def record_undecided(
+        self, session: str, pid: int, address: str, *, hold: str = "sigstop", **facts: Any
+    ) -> UndecidedRecord:
+        """Record, before COMMIT is sent, that the original is frozen and why.
+
+        :raises SetupError: it could not be recorded; COMMIT may not be sent then.
+        """
+        record = UndecidedRecord(
+            session=session,
+            pid=pid,
+            address=address,
+            start_ticks=start_ticks(pid) or 0,
+            boot_id=boot_id(),
+            hold=hold,
+            facts=facts,
+            recorded_at=time.time(),
+        )
+        temporary = self._write_aside(session, asdict(record))
+        try:
+            os.rename(temporary, self._path(session, _UNDECIDED_SUFFIX))
+        except OSError as err:
+            raise SetupError(f"Cannot record session {session}: {err.strerror}") from err
+        self._sync_directory()
+        return record
+
+    def lookup_undecided(self, session: str) -> UndecidedRecord | None:
+        """The undecided session of that name; None if there is none."""
+        return self._read(session, _UNDECIDED_SUFFIX, UndecidedRecord)
+
+    def list_undecided(self) -> list[UndecidedRecord]:
+        """All undecided sessions, oldest first."""
+        try:
+            names = os.listdir(self.directory)
+        except OSError:
+            return []
+        found = [
+            self.lookup_undecided(name.removesuffix(_UNDECIDED_SUFFIX))
+            for name in names
+            if name.endswith(_UNDECIDED_SUFFIX) and _SESSION_RE.match(name.removesuffix(_UNDECIDED_SUFFIX))
+        ]
+        return sorted((record for record in found if record), key=lambda record: record.recorded_at)
+
+    def forget_undecided(self, session: str) -> None:
+        """The session was resolved; no error if it is not recorded."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path(session, _UNDECIDED_SUFFIX))
+
+    # -- files -----------------------------------------------------------------------------------------
+
+    def _path(self, session: str, suffix: str) -> str:
+        return os.path.join(self.directory, check_session(session) + suffix)
+
+    def _check_directory(self) -> None:
+        # A record decides whether a process lives: nobody else may have had a hand in it.
+        status = os.stat(self.directory)
+        if status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o022:
+            raise UsageError(
+                f"Cannot use state directory {self.directory!r}: others may write to it",
+                hint="Name a private one with --state-dir.",
+            )
+
+    def _write_aside(self, session: str, record: dict[str, Any]) -> str:
+        check_session(session)
+        path = os.path.join(self.directory, f".{session}.{os.getpid()}.tmp")
+        try:
+            os.makedirs(self.directory, mode=0o700, exist_ok=True)
+            self._check_directory()
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+            with open(fd, "w", encoding="utf-8", errors="surrogateescape") as stream:
+                json.dump(record, stream)
+                stream.flush()
+                os.fsync(fd)
+        except OSError as err:
+            raise SetupError(
+                f"Cannot record session {session} in {self.directory!r}: {err.strerror}",
+                hint="Name a writable directory with --state-dir.",
+            ) from err
+        return path
+
+    def _read(self, session: str, suffix: str, kind: type[_Record]) -> _Record | None:
+        path = self._path(session, suffix)
+        try:
+            self._check_directory()
+            with open(path, encoding="utf-8", errors="surrogateescape") as stream:
+                values = json.loads(stream.read(MAX_RECORD_BYTES))
+            names = {item.name for item in fields(kind)}
+            return kind(**{name: value for name, value in values.items() if name in names})
+        except FileNotFoundError:
+            return None
+        except OSError as err:
+            raise SetupError(f"Cannot read {path!r}: {err.strerror}") from err
+        except (ValueError, TypeError, AttributeError) as err:
+            raise SetupError(f"Cannot read {path!r}: it is not a session record") from err
+
+    def _sync_directory(self) -> None:
+        try:
+            fd = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        except OSError as err:
+            _log.debug("Cannot sync %s: %s", self.directory, err.strerror)

@@ -1,0 +1,104 @@
+"""Resource limits, read and set from inside the process.
+
+prlimit(2) on a process of another uid needs CAP_SYS_RESOURCE, which even root may lack; inside the process reading is
+always allowed and so is lowering. Raising a hard limit is not: what the destination's agent has itself is the
+most a restored process can get. Source: getrlimit(2).
+"""
+
+from __future__ import annotations
+
+import resource
+import struct
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+from agent.kernel.syscalls import NR_prlimit64
+from agent.procfs.limits import RESOURCE_NAMES, read_limits
+from agent.types import Obstacle
+from protocol.state.limits import NR_LIMITS, RLIM_INFINITY, LimitsState, ResourceLimit
+
+if TYPE_CHECKING:
+    from agent.target.inject import Batch
+
+_RLIMIT64: Final = struct.Struct("=QQ")
+_NAMES: Final = {number: name for name, number in RESOURCE_NAMES.items()}
+
+# What stands in the way of building a process when the agent's own soft limit is low: descriptors with high numbers,
+# large mappings and heaps, queued signals.
+_RAISED_EARLY: Final = (
+    resource.RLIMIT_AS,
+    resource.RLIMIT_DATA,
+    resource.RLIMIT_MEMLOCK,
+    resource.RLIMIT_NOFILE,
+    resource.RLIMIT_NPROC,
+    resource.RLIMIT_SIGPENDING,
+    resource.RLIMIT_STACK,
+)
+CAP_SYS_RESOURCE: Final = 24
+
+
+def plan_limits(batch: Batch) -> Callable[[], LimitsState]:
+    """Add the calls that read all limits of the process that runs ``batch``."""
+    out = batch.buffer(_RLIMIT64.size * NR_LIMITS)
+    for number in range(NR_LIMITS):
+        batch.call(NR_prlimit64, 0, number, 0, out.at(_RLIMIT64.size * number), name="prlimit64")
+
+    def collect() -> LimitsState:
+        pairs = _RLIMIT64.iter_unpack(out.read())
+        return LimitsState(
+            limits=tuple(
+                ResourceLimit(resource=number, soft=soft, hard=hard)
+                for number, (soft, hard) in enumerate(pairs)
+            )
+        )
+
+    return collect
+
+
+def raise_limits_calls(batch: Batch, pid: int) -> None:
+    """Add calls that lift the soft limits of the new process ``pid`` to its hard ones while it is being built."""
+    current = read_limits(pid)
+    for number in _RAISED_EARLY:
+        limit = current.get(number)
+        if limit is not None and limit.soft < limit.hard:
+            new = batch.data(_RLIMIT64.pack(limit.hard, limit.hard))
+            batch.call(NR_prlimit64, 0, number, new, 0, name=f"prlimit64({_NAMES[number]})")
+
+
+def restore_limits_calls(batch: Batch, state: LimitsState) -> None:
+    """Add the calls that set all limits; when nothing that a limit could forbid is left to be done."""
+    for limit in state.limits:
+        new = batch.data(_RLIMIT64.pack(limit.soft, limit.hard))
+        name = _NAMES.get(limit.resource, str(limit.resource))
+        batch.call(NR_prlimit64, 0, limit.resource, new, 0, name=f"prlimit64({name})")
+
+
+def _show(value: int) -> str:
+    return "unlimited" if value == RLIM_INFINITY else str(value)
+
+
+def check_limits_restore(
+    state: LimitsState, pid: int | str = "self", *, capabilities: int | None = None
+) -> list[Obstacle]:
+    """Say which hard limits a child of process ``pid`` (this agent) could not be given."""
+    if capabilities is None:
+        from agent.state.creds import own_capabilities
+
+        capabilities = own_capabilities()
+    if capabilities >> CAP_SYS_RESOURCE & 1:
+        return []
+    current = read_limits(pid)  # type: ignore[arg-type]  # "self" works as well
+    found = []
+    for limit in state.limits:
+        here = current.get(limit.resource)
+        if here is not None and limit.hard > here.hard:
+            found.append(
+                Obstacle(
+                    kind="limit",
+                    what=_NAMES.get(limit.resource, str(limit.resource)),
+                    detail=f"the process has a hard limit of {_show(limit.hard)}, here it can"
+                    f" have {_show(here.hard)}",
+                    hint="run agent-recv with CAP_SYS_RESOURCE or with a higher hard limit",
+                )
+            )
+    return found

@@ -1,0 +1,155 @@
+"""Regular files and directories: dumped by path and offset, opened again by path.
+
+The contents are the file system's, not ours: the destination must have the same file under the same path. Whatever
+is opened with O_PATH, and the files of procfs and sysfs, go the same way. Must never create or truncate a file.
+
+A link of /proc/PID/fd shows a path as seen from the agent's root; when the process has another root or another mount
+namespace it is checked, through /proc/PID/root, which path leads to the same inode from there.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Sequence
+
+from agent.errors import RestoreError
+from agent.state.openfile import (
+    O_DIRECTORY,
+    O_NOFOLLOW,
+    O_PATH,
+    REOPEN_FLAGS,
+    Description,
+    DumpJob,
+    FileKind,
+    Item,
+    PreflightJob,
+    RestoreJob,
+)
+from protocol.state.regfile import RegularFile
+
+PSEUDO_ROOTS = ("/proc/", "/sys/", "/dev/pts/")
+DELETED = " (deleted)"
+
+
+def locate(job: DumpJob, desc: Description) -> str | None:
+    """Return the path of ``desc`` from the root of the process; None after recording why there is none."""
+    info = desc.info
+    assert info is not None
+    if desc.link.endswith(DELETED) and info.st_nlink == 0:
+        job.refuse(
+            desc, "deleted file", f"{desc.link[:-len(DELETED)]} no longer exists ({info.st_size} bytes)",
+            "have the process close it, or carry it with --external fd[N]",
+        )  # fmt: skip
+        return None
+    pid = job.ctx.pid
+    candidates = [desc.link]
+    root: str = job.memo.setdefault("root", os.readlink(f"/proc/{pid}/root"))
+    if root != "/" and desc.link.startswith(root + "/"):
+        candidates.insert(0, desc.link[len(root) :])
+    for path in candidates:
+        try:
+            found = os.stat(f"/proc/{pid}/root{path}", follow_symlinks=not stat.S_ISLNK(info.st_mode))
+        except OSError:
+            continue
+        if (found.st_dev, found.st_ino) == (info.st_dev, info.st_ino):
+            return path
+    what = "was deleted or renamed" if desc.link.endswith(DELETED) else "now leads to another file"
+    job.refuse(
+        desc, "unreachable file", f"{desc.link}: the path {what}",
+        "have the process open the file again",
+    )  # fmt: skip
+    return None
+
+
+def dump_regular(job: DumpJob, desc: Description) -> RegularFile | None:
+    """Describe a regular file, a directory or an O_PATH description."""
+    info = desc.info
+    assert info is not None
+    own_proc = f"/proc/{job.ctx.pid}"
+    if desc.link == own_proc or desc.link.startswith(own_proc + "/"):
+        # Named by the pid, which may be another one for those who look from another pid namespace.
+        return RegularFile(
+            path=desc.link[len(own_proc) :].lstrip("/"), mode=info.st_mode, size=0, mtime_ns=0,
+            pseudo=True, own_proc=True,
+        )  # fmt: skip
+    path = locate(job, desc)
+    if path is None:
+        return None
+    return RegularFile(
+        path=path,
+        mode=info.st_mode,
+        size=info.st_size if stat.S_ISREG(info.st_mode) else 0,
+        mtime_ns=info.st_mtime_ns if stat.S_ISREG(info.st_mode) else 0,
+        pseudo=path.startswith(PSEUDO_ROOTS),
+    )
+
+
+def preflight_regular(job: PreflightJob, items: Sequence[Item[RegularFile]]) -> None:
+    """Check that every file is there and is the same one."""
+    for item in items:
+        if not item.body.own_proc:
+            problem = _difference(job.root, item)
+            if problem:
+                job.refuse(
+                    item, "file", f"{item.body.path}: {problem}",
+                    "make the same file available under this path on the destination",
+                )  # fmt: skip
+
+
+def _difference(root: str, item: Item[RegularFile]) -> str:
+    # A file that the process writes may have grown since it was described, but can never have become smaller;
+    # a file that it only reads must be the very same.
+    body = item.body
+    try:
+        found = os.stat(root + body.path, follow_symlinks=not stat.S_ISLNK(body.mode))
+    except OSError as err:
+        return os.strerror(err.errno or 0)
+    if stat.S_IFMT(found.st_mode) != stat.S_IFMT(body.mode):
+        return "another type of file stands there"
+    if body.pseudo or item.file.flags & O_PATH or not stat.S_ISREG(body.mode):
+        return ""
+    if stat.S_IMODE(found.st_mode) != stat.S_IMODE(body.mode):
+        return f"its mode is {stat.S_IMODE(found.st_mode):o}, not {stat.S_IMODE(body.mode):o}"
+    if item.file.flags & os.O_ACCMODE == os.O_RDONLY:
+        if found.st_size != body.size:
+            return f"its size is {found.st_size}, not {body.size}"
+        if found.st_mtime_ns // 10**9 != body.mtime_ns // 10**9:
+            return f"it was modified at {found.st_mtime:.0f}, not {body.mtime_ns / 1e9:.0f}"
+    elif found.st_size < body.size and not item.file.flags & os.O_APPEND:
+        return f"its size is {found.st_size}, smaller than {body.size}"
+    return ""
+
+
+def restore_regular(job: RestoreJob, items: Sequence[Item[RegularFile]]) -> None:
+    """Open every file again at its offset.
+
+    :raises RestoreError: when one is missing or is not the same file.
+    """
+    for item in items:
+        body = item.body
+        if body.own_proc:
+            path = f"{job.ctx.root}/proc/{job.ctx.pid}/{body.path}".rstrip("/")
+        else:
+            problem = _difference(job.ctx.root, item)
+            if problem:
+                raise RestoreError(f"Cannot restore {item}: {body.path}: {problem}")
+            path = job.ctx.root + body.path
+        flags = item.file.flags & REOPEN_FLAGS
+        if not flags & O_PATH:
+            # O_NOFOLLOW and O_DIRECTORY change what open(2) does, not what the description is.
+            flags |= os.O_NOCTTY | (O_DIRECTORY if stat.S_ISDIR(body.mode) else 0)
+        elif stat.S_ISLNK(body.mode):
+            flags |= O_NOFOLLOW
+        try:
+            fd = os.open(path, flags | os.O_CLOEXEC)
+        except OSError as err:
+            raise RestoreError(f"Cannot restore {item}: {path}: {err.strerror}") from err
+        job.put(item, fd)
+        if item.file.pos and not flags & O_PATH:
+            os.lseek(fd, item.file.pos, os.SEEK_SET)
+
+
+KIND = FileKind(
+    name="regular", dump=dump_regular, restore=restore_regular, preflight=preflight_regular
+)

@@ -1,0 +1,184 @@
+"""Scheduling of one thread: dumped and restored by calls made inside the thread itself.
+
+Must never raise a thread above what it had. The mask of CPUs that the source agent sees online counts as "all", and a
+destination gives such a thread all of its own. Times are nanoseconds. Sources: sched_setattr(2), ioprio_set(2).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import struct
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+from agent.kernel.libc import syscall
+from agent.kernel.syscalls import (
+    NR_getpriority,
+    NR_ioprio_get,
+    NR_ioprio_set,
+    NR_prctl,
+    NR_sched_getaffinity,
+    NR_sched_getattr,
+    NR_sched_setaffinity,
+    NR_sched_setattr,
+    NR_setpriority,
+)
+from agent.types import Obstacle
+from protocol.state.sched import SchedState
+
+if TYPE_CHECKING:
+    from agent.target.inject import Batch
+
+PR_SET_TIMERSLACK: Final = 29
+PR_GET_TIMERSLACK: Final = 30
+PRIO_PROCESS: Final = 0
+IOPRIO_WHO_PROCESS: Final = 1
+SCHED_DEADLINE: Final = 6
+SCHED_FLAG_RESET_ON_FORK: Final = 0x01
+SCHED_FLAG_RECLAIM: Final = 0x02
+SCHED_FLAG_DL_OVERRUN: Final = 0x04
+SCHED_FLAG_UTIL_CLAMP_MIN: Final = 0x20
+SCHED_FLAG_UTIL_CLAMP_MAX: Final = 0x40
+SCHED_CAPACITY_SCALE: Final = 1024
+_KEPT_FLAGS: Final = SCHED_FLAG_RESET_ON_FORK | SCHED_FLAG_RECLAIM | SCHED_FLAG_DL_OVERRUN
+
+# struct sched_attr, include/uapi/linux/sched/types.h (SCHED_ATTR_SIZE_VER1).
+_SCHED_ATTR: Final = struct.Struct("=IIQiIQQQII")
+_MASK_ALIGN: Final = 8
+
+
+def _parse_cpu_list(text: str) -> set[int]:
+    cpus: set[int] = set()
+    for part in text.strip().split(","):
+        if part:
+            first, _, last = part.partition("-")
+            cpus.update(range(int(first), int(last or first) + 1))
+    return cpus
+
+
+def _read_cpus(kind: str) -> set[int]:
+    try:
+        with open(f"/sys/devices/system/cpu/{kind}", encoding="ascii") as file:
+            return _parse_cpu_list(file.read())
+    except OSError:
+        return set(range(os.cpu_count() or 1))
+
+
+def _mask_of(cpus: set[int]) -> int:
+    return functools.reduce(lambda mask, cpu: mask | 1 << cpu, cpus, 0)
+
+
+@functools.cache
+def online_mask() -> int:
+    """Return the bit mask of this host's online CPUs."""
+    return _mask_of(_read_cpus("online"))
+
+
+@functools.cache
+def affinity_bytes() -> int:
+    """Return how long a CPU mask must be for this kernel to accept the buffer."""
+    highest = max(_read_cpus("possible"), default=0)
+    return max(128, -(-(highest + 1) // 64) * _MASK_ALIGN)
+
+
+@functools.cache
+def _default_slice_ns() -> int:
+    # Since Linux kernel commit 857b158dc5e8 ("sched/eevdf: Use sched_attr::sched_runtime to set request/slice
+    # suggestion") (in v6.12), an ordinary thread reports its slice as sched_runtime. Setting the default
+    # explicitly would turn it into a custom one.
+    buffer = ctypes.create_string_buffer(_SCHED_ATTR.size)
+    syscall(NR_sched_getattr, 0, ctypes.addressof(buffer), _SCHED_ATTR.size, 0)
+    return int(_SCHED_ATTR.unpack(buffer.raw)[5])
+
+
+def plan_sched(batch: Batch) -> Callable[[], SchedState]:
+    """Add the calls that read the scheduling of the thread that runs ``batch``."""
+    attr = batch.buffer(_SCHED_ATTR.size)
+    mask = batch.buffer(affinity_bytes())
+    batch.call(NR_sched_getattr, 0, attr, _SCHED_ATTR.size, 0, name="sched_getattr")
+    batch.call(NR_sched_getaffinity, 0, affinity_bytes(), mask, name="sched_getaffinity")
+    nice = batch.call(NR_getpriority, PRIO_PROCESS, 0, name="getpriority")
+    ioprio = batch.call(NR_ioprio_get, IOPRIO_WHO_PROCESS, 0, name="ioprio_get")
+    slack = batch.call(NR_prctl, PR_GET_TIMERSLACK, name="prctl(PR_GET_TIMERSLACK)")
+
+    def collect() -> SchedState:
+        _, policy, flags, _, priority, runtime, deadline, period, low, high = _SCHED_ATTR.unpack(
+            attr.read()
+        )
+        bits = int.from_bytes(mask.read(), "little")
+        if policy != SCHED_DEADLINE:
+            runtime = 0 if runtime == _default_slice_ns() else runtime
+        return SchedState(
+            policy=policy,
+            flags=flags & _KEPT_FLAGS,
+            nice=20 - nice.value,  # the raw call answers 1..40, so that no error looks like it
+            priority=priority,
+            runtime_ns=runtime,
+            deadline_ns=deadline,
+            period_ns=period,
+            util_min=low,
+            util_max=high,
+            affinity=bits.to_bytes(max(8, -(-bits.bit_length() // 64) * _MASK_ALIGN), "little"),
+            affinity_all=bits & online_mask() == online_mask(),
+            ioprio=ioprio.value,
+            timer_slack_ns=slack.value,
+        )
+
+    return collect
+
+
+def restore_sched_calls(batch: Batch, state: SchedState) -> None:
+    """Add the calls that give the thread that runs ``batch`` the scheduling in ``state``.
+
+    Needs CAP_SYS_NICE for a better nice value or a real-time policy, so it comes before the credentials.
+    """
+    # The CPUs first: a deadline policy is refused to a thread that is bound to some of them.
+    if state.affinity_all:
+        mask = b"\xff" * affinity_bytes()
+    else:
+        mask = state.affinity
+    batch.call(
+        NR_sched_setaffinity, 0, len(mask), batch.data(mask), name="sched_setaffinity"
+    )
+    # The nice value by itself: sched_setattr leaves it out for real-time policies.
+    batch.call(NR_setpriority, PRIO_PROCESS, 0, state.nice, name="setpriority")
+    flags = state.flags
+    if state.util_min > 0:
+        flags |= SCHED_FLAG_UTIL_CLAMP_MIN
+    if 0 < state.util_max < SCHED_CAPACITY_SCALE:
+        flags |= SCHED_FLAG_UTIL_CLAMP_MAX
+    attr = _SCHED_ATTR.pack(
+        _SCHED_ATTR.size,
+        state.policy,
+        flags,
+        state.nice,
+        state.priority,
+        state.runtime_ns,
+        state.deadline_ns,
+        state.period_ns,
+        state.util_min,
+        state.util_max,
+    )
+    batch.call(NR_sched_setattr, 0, batch.data(attr), 0, name="sched_setattr")
+    batch.call(NR_ioprio_set, IOPRIO_WHO_PROCESS, 0, state.ioprio, name="ioprio_set")
+    batch.call(
+        NR_prctl, PR_SET_TIMERSLACK, state.timer_slack_ns, name="prctl(PR_SET_TIMERSLACK)"
+    )
+
+
+def check_sched_restore(tid: int, state: SchedState) -> list[Obstacle]:
+    """Say what of ``state`` this host cannot give a thread; nothing is touched."""
+    if state.affinity_all:
+        return []
+    if int.from_bytes(state.affinity, "little") & online_mask():
+        return []
+    return [
+        Obstacle(
+            kind="affinity",
+            what=f"thread {tid}",
+            detail="it is bound to CPUs that this host does not have online",
+            hint="widen it on the source with taskset -p, or choose a host with more CPUs",
+        )
+    ]

@@ -1,0 +1,130 @@
+"""Signal dispositions, queued signals, alternate stacks.
+
+Queued signals are peeked at through ptrace (they stay queued in the source) and queued again from inside the restored
+thread: only a thread itself may send a siginfo with a kernel's si_code. The order on the destination: dispositions
+first, because setting one to "ignore" discards what is queued, then the queues while every signal is blocked. Masks
+have bit n-1 for signal n. Sources: rt_sigaction(2), rt_sigqueueinfo(2), ptrace(2).
+"""
+
+from __future__ import annotations
+
+import signal
+import struct
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Final
+
+from agent.kernel.syscalls import (
+    NR_rt_sigaction,
+    NR_rt_sigqueueinfo,
+    NR_rt_tgsigqueueinfo,
+    NR_sigaltstack,
+)
+from protocol.state.signals import NR_SIGNALS, AltStack, SignalAction
+
+if TYPE_CHECKING:
+    from agent.target.inject import Batch
+
+SIGSET_BYTES: Final = 8
+SS_AUTODISARM: Final = 1 << 31
+SS_DISABLE: Final = 2
+SS_ONSTACK: Final = 1
+
+# struct sigaction of x86 (arch/x86/include/uapi/asm/signal.h): handler, flags, restorer, mask.
+_SIGACTION: Final = struct.Struct("=QQQQ")
+# stack_t: ss_sp, ss_flags, padding, ss_size.
+_STACK_T: Final = struct.Struct("=QIIQ")
+
+CATCHABLE: Final = tuple(
+    number for number in range(1, NR_SIGNALS + 1) if number not in (signal.SIGKILL, signal.SIGSTOP)
+)
+
+
+def plan_actions(batch: Batch) -> Callable[[], tuple[SignalAction, ...]]:
+    """Add the calls that read all dispositions of the process that runs ``batch``."""
+    out = batch.buffer(_SIGACTION.size * len(CATCHABLE))
+    for index, number in enumerate(CATCHABLE):
+        at = out.at(_SIGACTION.size * index)
+        batch.call(NR_rt_sigaction, number, 0, at, SIGSET_BYTES, name="rt_sigaction")
+
+    def collect() -> tuple[SignalAction, ...]:
+        actions = zip(CATCHABLE, _SIGACTION.iter_unpack(out.read()), strict=True)
+        return tuple(
+            SignalAction(signal=number, handler=handler, flags=flags, restorer=restorer, mask=mask)
+            for number, (handler, flags, restorer, mask) in actions
+            if handler or flags or restorer or mask
+        )
+
+    return collect
+
+
+def restore_actions_calls(
+    batch: Batch, actions: Iterable[SignalAction], *, inherited: int
+) -> None:
+    """Add the calls that set all dispositions; ``inherited`` are the signals that the new process ignores as yet."""
+    listed = {action.signal for action in actions}
+    default = [number for number in CATCHABLE if inherited >> (number - 1) & 1]
+    zeros = batch.data(bytes(_SIGACTION.size))
+    for number in default:
+        if number not in listed:
+            batch.call(NR_rt_sigaction, number, zeros, 0, SIGSET_BYTES, name="rt_sigaction")
+    for action in actions:
+        raw = _SIGACTION.pack(action.handler, action.flags, action.restorer, action.mask)
+        batch.call(
+            NR_rt_sigaction, action.signal, batch.data(raw), 0, SIGSET_BYTES, name="rt_sigaction"
+        )
+
+
+def signal_of(info: bytes) -> int:
+    """Return the signal number in a raw siginfo."""
+    return int.from_bytes(info[:4], "little")
+
+
+def code_of(info: bytes) -> int:
+    """Return si_code of a raw siginfo."""
+    return int.from_bytes(info[8:12], "little", signed=True)
+
+
+def without_stops(infos: Iterable[bytes]) -> tuple[bytes, ...]:
+    """Leave out SIGKILL and SIGSTOP, which cannot be blocked: one would kill, the other stop a half-made process."""
+    return tuple(i for i in infos if signal_of(i) not in (signal.SIGKILL, signal.SIGSTOP))
+
+
+def restore_shared_pending_calls(batch: Batch, pid: int, pending: Iterable[bytes]) -> None:
+    """Queue signals for the whole process; ``batch`` must run in its leader, whose own id is ``pid``."""
+    for info in pending:
+        batch.call(
+            NR_rt_sigqueueinfo, pid, signal_of(info), batch.data(info), name="rt_sigqueueinfo"
+        )
+
+
+def restore_private_pending_calls(
+    batch: Batch, pid: int, tid: int, pending: Iterable[bytes]
+) -> None:
+    """Queue signals for one thread; ``batch`` must run in it. Ids are the process's own."""
+    for info in pending:
+        batch.call(
+            NR_rt_tgsigqueueinfo,
+            pid,
+            tid,
+            signal_of(info),
+            batch.data(info),
+            name="rt_tgsigqueueinfo",
+        )
+
+
+def plan_altstack(batch: Batch) -> Callable[[], AltStack]:
+    """Add the call that reads the alternate stack of the thread that runs ``batch``."""
+    out = batch.buffer(_STACK_T.size)
+    batch.call(NR_sigaltstack, 0, out, name="sigaltstack")
+
+    def collect() -> AltStack:
+        sp, flags, _, size = _STACK_T.unpack(out.read())
+        return AltStack(sp=sp, flags=flags & ~SS_ONSTACK, size=size)
+
+    return collect
+
+
+def restore_altstack_call(batch: Batch, state: AltStack) -> None:
+    """Add the call that sets the alternate stack; rsp of the thread must be elsewhere."""
+    raw = batch.data(_STACK_T.pack(state.sp, state.flags & 0xFFFFFFFF, 0, state.size))
+    batch.call(NR_sigaltstack, raw, 0, name="sigaltstack")

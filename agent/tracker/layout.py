@@ -1,0 +1,105 @@
+"""Sort a target's mappings into what the trackers treat alike.
+
+    anonymous      private, no file: heap, stacks, malloc arenas. Content is sent where populated.
+    private file   MAP_PRIVATE of a file: only copied pages are sent, the rest is the file's.
+    shared object  memfd, MAP_SHARED|MAP_ANONYMOUS, System V, /dev/shm: content is sent by object and offset.
+    other          [vdso], [vvar], [vsyscall], devices, MAP_SHARED of regular files (their content is the file
+                   system's), and what userfaultfd refused (`excluded`). Never scanned, never read.
+
+Pure apart from asking once for the device number of the kernel's own tmpfs mount.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Container
+from dataclasses import dataclass
+
+from agent.procfs.maps import MapsEntry
+from agent.ranges import RangeSet
+from agent.tracker.base import SharedKey
+
+_SPECIAL = frozenset({"[vdso]", "[vvar]", "[vvar_vclock]", "[vsyscall]", "[uprobes]", "[vectors]", "[sigpage]"})
+
+
+@functools.cache
+def internal_tmpfs_device() -> int:
+    """Return st_dev of the mount that holds memfds, shared anonymous memory and System V segments."""
+    fd = os.memfd_create("ferry-probe", os.MFD_CLOEXEC)
+    try:
+        return os.fstat(fd).st_dev
+    finally:
+        os.close(fd)
+
+
+def is_shared_object(entry: MapsEntry) -> bool:
+    """Say whether the mapped file is memory of ours to carry, rather than a file system's."""
+    if not entry.inode:
+        return False
+    if os.makedev(entry.dev_major, entry.dev_minor) == internal_tmpfs_device():
+        return True
+    return entry.path.startswith(("/dev/shm/", "/memfd:"))
+
+
+def shared_key(entry: MapsEntry) -> SharedKey:
+    return SharedKey(os.makedev(entry.dev_major, entry.dev_minor), entry.inode)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The mappings of one maps text, by class. Lists are in address order."""
+
+    anonymous: RangeSet
+    private_file: RangeSet
+    private: RangeSet
+    shared_mappings: list[tuple[MapsEntry, SharedKey]]
+    shared: RangeSet
+    objects: frozenset[SharedKey]  # also those that are only mapped privately
+    watched: list[MapsEntry]  # all that should be registered
+    spans: list[tuple[int, int, list[MapsEntry]]]  # runs of watched VMAs with nothing else between them
+
+
+def classify(entries: list[MapsEntry], excluded: Container[MapsEntry]) -> Layout:
+    """Sort `entries`; those in `excluded` could not be registered and are left alone."""
+    anonymous: list[tuple[int, int]] = []
+    private_file: list[tuple[int, int]] = []
+    shared_mappings: list[tuple[MapsEntry, SharedKey]] = []
+    objects: set[SharedKey] = set()
+    watched: list[MapsEntry] = []
+    spans: list[tuple[int, int, list[MapsEntry]]] = []
+    run: list[MapsEntry] = []
+    for entry in entries:
+        private = entry.perms[3] == "p"
+        if entry.path in _SPECIAL or entry in excluded:
+            wanted = False
+        elif private:
+            wanted = True
+            (private_file if entry.inode else anonymous).append((entry.start, entry.end))
+            if is_shared_object(entry):
+                objects.add(shared_key(entry))
+        else:
+            wanted = is_shared_object(entry)
+            if wanted:
+                key = shared_key(entry)
+                objects.add(key)
+                shared_mappings.append((entry, key))
+        if wanted:
+            watched.append(entry)
+            run.append(entry)
+        elif run:
+            spans.append((run[0].start, run[-1].end, run))
+            run = []
+    if run:
+        spans.append((run[0].start, run[-1].end, run))
+    anonymous_set, file_set = RangeSet.of(anonymous), RangeSet.of(private_file)
+    return Layout(
+        anonymous=anonymous_set,
+        private_file=file_set,
+        private=anonymous_set.union(file_set),
+        shared_mappings=shared_mappings,
+        shared=RangeSet.of((entry.start, entry.end) for entry, _ in shared_mappings),
+        objects=frozenset(objects),
+        watched=watched,
+        spans=spans,
+    )

@@ -1,0 +1,486 @@
+"""The scan tracker: asynchronous userfaultfd write protection, read back by PAGEMAP_SCAN.
+
+Runs from outside; the target never waits for the agent. Addresses are target addresses. Must never populate a page,
+never write-protect an empty private reservation (page tables for 64 GiB of nothing), never leave a registration.
+
+Theory of operation. The state "clean since the last look" is one bit per page table entry and lives in the kernel;
+Ferry holds only `_sent`, a superset of the private pages the destination holds. A private page is
+
+    clean      protected: the destination has its content;
+    WRITTEN    not protected: written since, newly populated, dropped, or never populated at all.
+
+collect() makes passes until one meets no surprise:
+1. Read maps. Register what is new, everything populated there is dirty (the page tables may carry stale protection
+   after mremap on kernels before 6.13, so WRITTEN is not asked for).
+2. Fast scan of all spans (WRITTEN and nothing else, no clearing): R.
+3. Detailed scan of windows around R, which reports and protects atomically, page by page under the page table lock:
+   what is populated and WRITTEN is dirty (P). R - P that the destination holds is absent.
+4. Private file mappings: what the destination holds as a copied page must still be one. (MADV_DONTNEED of a protected
+   page leaves a marker there, which is not reported as WRITTEN.)
+5. Shared objects: written ranges by offset, see agent.tracker.shared for what page tables do not tell.
+
+Races with a running target, and who repairs them:
+- stored to after its report: protected before it is read, so the next round reports it again;
+- populated after step 2: not protected, hence WRITTEN: next round. Dropped after step 3: unpopulated, hence WRITTEN and
+  not in P: absent in the next round, whatever the sender read meanwhile;
+- mapping replaced, moved or grown after step 1: not registered; PM_SCAN_CHECK_WPASYNC makes the scan fail with EPERM,
+  now (another pass of this round) or in the next round, and all that is populated there is dirty. mremap moves lose
+  the registration, growth in place (stack, mremap) keeps it and starts unpopulated;
+- EPERM in the middle of step 3 loses the report of what it has protected already: the window is remembered in `_suspect` and
+  scanned again without asking for WRITTEN;
+- unmapped: leaves `_sent` as absent. Unmapped and mapped again at once: unregistered, as above;
+- mprotect, mlock, fork, THP collapse and split: bits stay or the page becomes WRITTEN; never clean by mistake.
+In the final round nothing races, so the answer is exact; a surprise there that repeats is an error.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import operator
+import os
+import time
+from array import array
+
+from agent.errors import DumpError, RefusedError, TargetGone
+from agent.kernel import uffd
+from agent.kernel.pagemap import (
+    PAGE_IS_FILE,
+    PAGE_IS_GUARD,
+    PAGE_IS_PRESENT,
+    PAGE_IS_SWAPPED,
+    PAGE_IS_WRITTEN,
+    PM_SCAN_CHECK_WPASYNC,
+    PM_SCAN_WP_MATCHING,
+    PagemapScanner,
+)
+from agent.procfs.maps import MapsEntry, parse_maps, read_maps
+from agent.procfs.smaps import read_vm_flags
+from agent.ranges import RangeSet
+from agent.tracker.base import DirtySet, SharedKey, TrackerStats
+from agent.tracker.layout import Layout, classify
+from agent.tracker.shared import SharedWatch
+from agent.types import Obstacle
+
+MAX_PASSES = 8
+"""Passes in one round before a surprise is left to the next round (or, in the final one, is an error)."""
+WINDOW_GAP_BYTES = 64 * 4096
+"""Clean gap that a detailed scan walks rather than start another: an ioctl costs about 4 us, a page about 70 ns."""
+
+_POPULATED = PAGE_IS_PRESENT | PAGE_IS_SWAPPED
+_GONE = (errno.ESRCH, errno.ENOENT)
+
+
+def windows(ranges: RangeSet, gap: int = WINDOW_GAP_BYTES) -> list[tuple[int, int]]:
+    """Cluster ranges into fewer: neighbours closer than `gap` share one window."""
+    starts, ends = ranges.starts, ranges.ends
+    if not starts:
+        return []
+    far = list(map(gap.__lt__, map(operator.sub, starts[1:], ends)))
+    return list(
+        zip(
+            itertools.chain(starts[:1], itertools.compress(starts[1:], far)),
+            itertools.chain(itertools.compress(ends, far), ends[-1:]),
+        )
+    )
+
+
+def _select(triples: array[int], wanted: int, mask: int) -> RangeSet:
+    # The regions with (categories & mask) == wanted.
+    if not triples:
+        return RangeSet()
+    chosen = list(map(wanted.__eq__, map(mask.__and__, triples[2::3])))
+    pairs = zip(itertools.compress(triples[0::3], chosen), itertools.compress(triples[1::3], chosen))
+    return RangeSet(array("Q", list(itertools.chain.from_iterable(pairs))))
+
+
+def _all_regions(triples: array[int]) -> RangeSet:
+    pairs = array("Q", bytes(len(triples) // 3 * 16))
+    pairs[0::2] = triples[0::3]
+    pairs[1::2] = triples[1::3]
+    return RangeSet(pairs)
+
+
+def _knows_guards(scanner: PagemapScanner) -> bool:
+    # Since Linux kernel commit a516403787e0 ("fs/proc: extend the PAGEMAP_SCAN ioctl to report guard regions")
+    # (in v6.15). Before, unknown categories are EINVAL.
+    try:
+        scanner.scan(0, 4096, category_mask=PAGE_IS_GUARD, return_mask=PAGE_IS_GUARD)
+    except OSError:
+        return False
+    return True
+
+
+class ScanTracker:
+    """Tracks one process through an agent-side descriptor of a userfaultfd that belongs to its address space.
+
+    Takes over `uffd_fd` (UFFDIO_API done, see create.py) and closes it in disarm().
+    """
+
+    def __init__(self, pid: int, uffd_fd: int) -> None:
+        self.pid = pid
+        self.nr_collects = 0
+        self._uffd = uffd_fd
+        self._scanner = PagemapScanner(pid)
+        self._knows_guards = _knows_guards(self._scanner)
+        self.shared_watch = SharedWatch(pid)
+        self._maps_text = b""
+        self._maps: list[MapsEntry] = []
+        self._layout: Layout = classify([], ())
+        self._excluded: dict[MapsEntry, int] = {}  # refused by UFFDIO_REGISTER -> errno
+        self._droppable: set[MapsEntry] = set()  # excluded for a good reason: MAP_DROPPABLE
+        self._registered = RangeSet()
+        self._fresh = RangeSet()  # registered, never scanned
+        self._suspect = RangeSet()  # a report was lost
+        self._sent = RangeSet()
+        self._remapped: set[SharedKey] = set()
+        self._stats = TrackerStats()
+
+    @property
+    def name(self) -> str:
+        return "scan"
+
+    @property
+    def sent(self) -> RangeSet:
+        """A superset of the private pages the destination holds."""
+        return self._sent
+
+    def arm(self) -> None:
+        """Register every mapping. Protection comes with the first collect().
+
+        :raises RefusedError: the target uses a userfaultfd itself.
+        """
+        self._stats = TrackerStats()
+        self._refresh()
+
+    def forget(self, ranges: RangeSet) -> None:
+        """Count `ranges` as not delivered: what is populated there is dirty in the next round."""
+        self._suspect.update(ranges)
+
+    def disarm(self) -> None:
+        if self._uffd < 0:
+            return
+        # Closing the last reference unregisters every range; the target's own copy was closed after arming, but do not
+        # depend on it.
+        for span in self._layout.spans:
+            try:
+                uffd.unregister(self._uffd, span[0], span[1] - span[0])
+            except OSError:
+                self._unregister_each(span[2])
+        os.close(self._uffd)
+        self._uffd = -1
+        self._scanner.close()
+        self.shared_watch.close()
+
+    def _unregister_each(self, entries: list[MapsEntry]) -> None:
+        for entry in entries:
+            try:
+                uffd.unregister(self._uffd, entry.start, entry.end - entry.start)
+            except OSError:
+                continue
+
+    # Maps and registration
+
+    def _refresh(self) -> None:
+        try:
+            text = read_maps(self.pid)
+        except (ProcessLookupError, FileNotFoundError) as err:
+            raise TargetGone("The target exited", pid=self.pid) from err
+        if not text:
+            raise TargetGone("The target exited", pid=self.pid)
+        if text != self._maps_text:
+            self._maps = parse_maps(text)
+            self._maps_text = text
+            self._stats.maps_changed = True
+            present = set(self._maps)
+            self._excluded = {e: why for e, why in self._excluded.items() if e in present}
+            self._relayout()
+        wanted = self._layout.private.union(self._layout.shared)
+        self._registered = self._registered.intersect(wanted)
+        if self._registered != wanted:
+            self._register_new()
+
+    def _relayout(self) -> None:
+        self._layout = classify(self._maps, self._excluded)
+        self._stats.nr_vmas = len(self._layout.watched)
+
+    def _register_new(self) -> None:
+        refused = False
+        for start, end, entries in self._layout.spans:
+            if self._registered.covers(start, end):
+                continue
+            for run in _adjacent(entries):
+                if self._registered.covers(run[0].start, run[-1].end):
+                    continue
+                if not self._register(run):
+                    for entry in run:
+                        if not self._registered.covers(entry.start, entry.end):
+                            refused |= not self._register([entry])
+        self._registered = self._registered.copy()
+        if refused:
+            self._relayout()
+
+    def _register(self, run: list[MapsEntry]) -> bool:
+        start, end = run[0].start, run[-1].end
+        try:
+            uffd.register(self._uffd, start, end - start, uffd.UFFDIO_REGISTER_MODE_WP)
+        except OSError as err:
+            if err.errno == errno.ESRCH or err.errno == errno.ENOMEM:
+                raise TargetGone("The target exited or called exec", pid=self.pid) from err
+            if len(run) == 1:
+                self._refused(run[0], err)
+            return False
+        new = RangeSet((start, end)).subtract(self._registered)
+        self._registered.add(start, end)
+        self._fresh.update(new)
+        self._stats.nr_registered += 1
+        for entry, key in self._layout.shared_mappings:
+            if entry.start < end and start < entry.end:
+                self._remapped.add(key)
+        return True
+
+    def _refused(self, entry: MapsEntry, err: OSError) -> None:
+        if err.errno == errno.EBUSY:
+            where = f"{entry.start:#x}-{entry.end:#x}"
+            raise RefusedError(
+                f"Cannot track memory {where} of process {self.pid}: it has a userfaultfd of its own",
+                [
+                    Obstacle(
+                        kind="userfaultfd",
+                        what=f"address {where}",
+                        detail="the range is registered with the target's own userfaultfd",
+                        hint="close it in the target before the migration",
+                    )
+                ],
+                hint="a process that handles its own page faults cannot be tracked",
+            ) from err
+        # EINVAL: MAP_DROPPABLE and other special mappings, or it went away just now. EPERM: shared and never
+        # writable. In both cases the entry no longer counts until maps shows another one there.
+        self._excluded[entry] = err.errno or errno.EINVAL
+
+    # One round
+
+    def collect(self, *, final: bool) -> DirtySet:
+        began = time.perf_counter()
+        self._stats = TrackerStats()
+        pages, absent, guards = RangeSet(), RangeSet(), RangeSet()
+        stored: dict[SharedKey, RangeSet] = {}
+        try:
+            self._retry_excluded()
+            for _ in range(MAX_PASSES):
+                self._stats.nr_passes += 1
+                self._refresh()
+                if self._pass(pages, absent, stored):
+                    break
+            else:
+                if final:
+                    raise DumpError("Cannot track the memory of the stopped target", pid=self.pid)
+            if final:
+                self._check_excluded()
+                guards = self._guards()
+        except OSError as err:
+            if err.errno in _GONE:
+                raise TargetGone("The target exited or called exec", pid=self.pid) from err
+            raise
+        held_nowhere = self._sent.subtract(self._layout.private)
+        absent = absent.intersect(self._sent).union(held_nowhere).subtract(pages)
+        self._sent = self._sent.subtract(absent).union(pages)
+        shared = self._collect_shared(stored)
+        self.nr_collects += 1
+        self._stats.seconds = time.perf_counter() - began
+        return DirtySet(
+            maps_text=self._maps_text,
+            maps=self._maps,
+            pages=pages,
+            absent=absent,
+            guards=guards,
+            shared=shared,
+            stats=self._stats,
+        )
+
+    def _pass(
+        self, pages: RangeSet, absent: RangeSet, stored: dict[SharedKey, RangeSet]
+    ) -> bool:
+        # Returns False when something was not registered and another pass is needed.
+        layout = self._layout
+        settled = True
+        new = self._fresh.union(self._suspect)
+        self._fresh, self._suspect = RangeSet(), RangeSet()
+        written, complete = self._written()
+        settled &= complete
+        for part, of_file in ((layout.anonymous, False), (layout.private_file, True)):
+            for again, ranges in ((False, new.intersect(part)), (True, written.intersect(part))):
+                if ranges:
+                    dirty, complete = self._take(ranges, part, of_file=of_file, written=again)
+                    settled &= complete
+                    absent.update(ranges.subtract(dirty))
+                    pages.update(dirty)
+        held = self._sent.intersect(layout.private_file)
+        if held:
+            self._check_copied(held, pages, absent)
+        if layout.shared_mappings:
+            settled &= self._take_shared(written.intersect(layout.shared), stored)
+        return settled
+
+    def _written(self) -> tuple[RangeSet, bool]:
+        # Step 2. Nothing is cleared, so a failure loses nothing.
+        found: array[int] = array("Q")
+        settled = True
+        for start, end, _ in self._layout.spans:
+            try:
+                found += self._fast_scan(start, end, 0)
+            except PermissionError:
+                settled = False
+                for part in self._probe(start, end):
+                    found += part
+        return _all_regions(found), settled
+
+    def _fast_scan(self, start: int, end: int, flags: int) -> array[int]:
+        self._stats.nr_scans += 1
+        return self._scanner.scan(
+            start,
+            end,
+            flags=flags | PM_SCAN_CHECK_WPASYNC,
+            category_mask=PAGE_IS_WRITTEN,
+            return_mask=PAGE_IS_WRITTEN,
+        )
+
+    def _probe(self, start: int, end: int) -> list[array[int]]:
+        # Find which mappings are not registered (with maps of now, not of the start of the round: else a large
+        # mapping would be taken for new because something landed inside it).
+        found = []
+        for entry in parse_maps(read_maps(self.pid)):
+            low, high = max(entry.start, start), min(entry.end, end)
+            if low < high:
+                try:
+                    found.append(self._fast_scan(low, high, 0))
+                except PermissionError:
+                    self._registered = self._registered.subtract(RangeSet((low, high)))
+        return found
+
+    def _take(
+        self, ranges: RangeSet, part: RangeSet, *, of_file: bool, written: bool
+    ) -> tuple[RangeSet, bool]:
+        # Step 3: report and protect the populated pages in windows around `ranges`, within `part`.
+        near = RangeSet.of(windows(ranges)).intersect(part)
+        guard = PAGE_IS_GUARD if self._knows_guards else 0
+        found: array[int] = array("Q")
+        settled = True
+        for start, end in near:
+            self._stats.nr_scans += 1
+            try:
+                found += self._scanner.scan(
+                    start,
+                    end,
+                    flags=PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC,
+                    category_mask=guard | (PAGE_IS_WRITTEN if written else 0),
+                    category_inverted=guard,
+                    category_anyof_mask=_POPULATED,
+                    return_mask=_POPULATED | (PAGE_IS_FILE if of_file else 0),
+                )
+            except PermissionError:
+                self._suspect.add(start, end)
+                self._probe(start, end)
+                settled = False
+        return _select(found, 0, PAGE_IS_FILE) if of_file else _all_regions(found), settled
+
+    def _check_copied(self, held: RangeSet, pages: RangeSet, absent: RangeSet) -> None:
+        # Step 4. A marker cannot be told from a swapped-out copy: read it, which gives the visible content.
+        found: array[int] = array("Q")
+        guard = PAGE_IS_GUARD if self._knows_guards else 0
+        for start, end in RangeSet.of(windows(held)).intersect(self._layout.private_file):
+            self._stats.nr_scans += 1
+            found += self._scanner.scan(
+                start,
+                end,
+                category_anyof_mask=_POPULATED,
+                return_mask=_POPULATED | PAGE_IS_FILE | guard,
+            )
+        copied = _select(found, PAGE_IS_PRESENT, PAGE_IS_PRESENT | PAGE_IS_FILE)
+        marked = _select(found, PAGE_IS_SWAPPED, _POPULATED | guard).intersect(held)
+        pages.update(marked)
+        absent.update(held.subtract(copied).subtract(marked))
+
+    def _guards(self) -> RangeSet:
+        # Guard markers stay WRITTEN (step 3 leaves them out), so they are among what a fast scan returns.
+        found: array[int] = array("Q")
+        if self._knows_guards:
+            written, _ = self._written()
+            for start, end in RangeSet.of(windows(written.intersect(self._layout.private))):
+                self._stats.nr_scans += 1
+                found += self._scanner.scan(
+                    start, end, category_mask=PAGE_IS_GUARD, return_mask=PAGE_IS_GUARD
+                )
+        return _all_regions(found).intersect(self._layout.private)
+
+    def _take_shared(self, written: RangeSet, stored: dict[SharedKey, RangeSet]) -> bool:
+        # Step 5, the page table part: report and protect, unpopulated pages too (markers), since another mapping or
+        # a later fault may bring in pages that exist already.
+        settled = True
+        found: array[int] = array("Q")
+        for start, end in RangeSet.of(windows(written)).intersect(self._layout.shared):
+            try:
+                found += self._fast_scan(start, end, PM_SCAN_WP_MATCHING)
+            except PermissionError:
+                settled = False
+                self._probe(start, end)
+                self._remapped.update(
+                    key
+                    for entry, key in self._layout.shared_mappings
+                    if entry.start < end and start < entry.end
+                )
+        dirty = _all_regions(found)
+        if dirty:
+            for entry, key in self._layout.shared_mappings:
+                inside = dirty.clip(entry.start, entry.end)
+                if inside:
+                    shift = entry.offset - entry.start
+                    offsets = RangeSet(map(shift.__add__, inside.pairs))
+                    stored.setdefault(key, RangeSet()).update(offsets)
+        return settled
+
+    def _collect_shared(
+        self, stored: dict[SharedKey, RangeSet]
+    ) -> dict[SharedKey, RangeSet | None]:
+        whole = self.shared_watch.changed(
+            self._layout.shared_mappings, stored=set(stored), remapped=self._remapped
+        )
+        self._remapped = set()
+        result: dict[SharedKey, RangeSet | None] = dict(stored)
+        result.update(dict.fromkeys(whole))
+        return result
+
+    # Mappings that userfaultfd refuses
+
+    def _retry_excluded(self) -> None:
+        # A refusal may only have met a mapping on its way out.
+        for entry in list(self._excluded):
+            if self._register([entry]):
+                del self._excluded[entry]
+                self._maps_text = b""  # classify anew
+
+    def _check_excluded(self) -> None:
+        doubtful = [e for e in self._excluded if e.perms[3] == "p" and e not in self._droppable]
+        if not doubtful:
+            return
+        flags = {(start, end): names for start, end, names in read_vm_flags(self.pid)}
+        for entry in doubtful:
+            if "dp" not in flags.get((entry.start, entry.end), frozenset()):
+                raise DumpError(
+                    f"Cannot track memory {entry.start:#x}-{entry.end:#x} of process {self.pid}: "
+                    f"{os.strerror(self._excluded[entry])}",
+                    pid=self.pid,
+                    vaddr=entry.start,
+                )
+            self._droppable.add(entry)
+
+
+def _adjacent(entries: list[MapsEntry]) -> list[list[MapsEntry]]:
+    # Runs without holes: one UFFDIO_REGISTER each.
+    runs: list[list[MapsEntry]] = []
+    for entry in entries:
+        if runs and runs[-1][-1].end == entry.start:
+            runs[-1].append(entry)
+        else:
+            runs.append([entry])
+    return runs

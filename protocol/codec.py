@@ -1,0 +1,377 @@
+"""Dataclass <-> msgpack: the one place that imports msgpack.
+
+A dataclass travels as a map {field name: value}. The wire form of a field follows from its
+annotation alone, so a schema is its dataclass and nothing else:
+
+    int                     integer, -2**63 .. 2**64-1; bool is not an int here
+    bool, bytes             as they are
+    float                   64 bits, finite
+    str                     UTF-8; what is not becomes surrogates (os.fsdecode), travels unharmed
+    Enum, IntEnum           the member's value
+    Flag, IntFlag           integer; a bit the class does not name is refused
+    list[T], tuple[T, ...]  array; tuple[A, B] an array of exactly that length
+    dict[str | int, T]      map without duplicate keys
+    T | None                the value or nil
+    dataclass               map; fields with defaults may be absent
+    NewType                 like the type it renames
+
+Decoding is strict: unknown or missing fields, wrong types, values out of range and whatever the
+class's ``__post_init__`` refuses with ValueError end in RemoteProtocolError naming ``Class.field``.
+Nothing else leaves ``decode``, whatever the bytes. Encoding applies the same types and raises
+LocalProtocolError. Python types are compared exactly: no silent conversions, except that an int
+is welcome where a float is due on the sending side.
+
+This module must never look at what a message means. Sources: the msgpack specification; typing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import math
+import reprlib
+import types
+import typing
+from collections.abc import Callable
+from typing import Any, TypeVar, Union
+
+import msgpack
+
+from protocol.errors import LocalProtocolError, ProtocolError, RemoteProtocolError
+from protocol.limits import MAX_CONTROL_FRAME_BYTES, MAX_LIST_ITEMS, MAX_MAP_ITEMS
+
+T = TypeVar("T")
+Buffer = bytes | bytearray | memoryview
+"""A flat run of bytes; what sockets, files and slices of them give."""
+
+_Convert = Callable[[Any], Any]
+
+_INT_MIN = -(1 << 63)
+_INT_MAX = (1 << 64) - 1
+_SCALARS = (int, bool, str, bytes, float)
+# What a schema's own check may raise when it meets a value it did not expect.
+_CHECK_ERRORS = (ValueError, TypeError, ArithmeticError, LookupError)
+
+
+def encode(obj: object) -> bytes:
+    """Encode the dataclass instance `obj`.
+
+    :raises LocalProtocolError: when a field holds something its annotation does not allow.
+    """
+    cls = type(obj)
+    if not dataclasses.is_dataclass(cls):
+        raise TypeError(f"{cls.__name__} is not a dataclass")
+    try:
+        wire = _encoder(cls)(obj)
+        packed: bytes = msgpack.packb(wire, use_bin_type=True, unicode_errors="surrogateescape")
+    except (_Mismatch, ValueError, TypeError, OverflowError, RecursionError) as err:
+        raise LocalProtocolError(f"Cannot encode {cls.__name__}: {err}") from err
+    return packed
+
+
+def decode(cls: type[T], data: Buffer, *, ignore_unknown: bool = False) -> T:
+    """Decode `data`, all of it, into an instance of the dataclass `cls`.
+
+    `ignore_unknown` skips fields the classes do not have, for sections written by a newer peer
+    that says an older reader may do so.
+
+    :raises RemoteProtocolError: for any bytes that are not exactly one valid `cls`.
+    """
+    schema: Any = cls
+    try:
+        result: T = _decoder(schema, ignore_unknown)(_unpack(data))
+    except _Mismatch as err:
+        raise RemoteProtocolError(f"{cls.__name__}: {err}") from err
+    except RecursionError as err:
+        raise RemoteProtocolError(f"{cls.__name__}: nested too deeply") from err
+    return result
+
+
+def decode_plain(data: Buffer) -> object:
+    """Decode `data` without a schema into dicts, lists and scalars, for tools that show it.
+
+    :raises RemoteProtocolError: when the bytes are not one encoded value.
+    """
+    return _unpack(data)
+
+
+class _Mismatch(Exception):
+    """A value does not fit; the nearest dataclass above adds the name of its field."""
+
+
+# ---- bytes -> plain values ----
+
+
+def _unpack(data: Buffer) -> object:
+    size = len(data)
+    if size > MAX_CONTROL_FRAME_BYTES:
+        raise RemoteProtocolError(f"Value has {size} bytes, limit {MAX_CONTROL_FRAME_BYTES}")
+    try:
+        value: object = msgpack.unpackb(
+            data,
+            raw=False,
+            strict_map_key=False,
+            unicode_errors="surrogateescape",
+            object_pairs_hook=_unique_map,
+            max_array_len=min(size, MAX_LIST_ITEMS),
+            max_map_len=min(size, MAX_MAP_ITEMS),
+        )
+    except ProtocolError:
+        raise
+    except RecursionError as err:
+        raise RemoteProtocolError("Encoded value is nested too deeply") from err
+    except (msgpack.UnpackException, MemoryError, *_CHECK_ERRORS) as err:
+        # msgpack has no common root: FormatError, StackError and ExtraData are ValueErrors,
+        # OutOfData is not, and keys that cannot be hashed give TypeError.
+        reason = str(err) or type(err).__name__
+        raise RemoteProtocolError(f"Encoded value is malformed: {reason}") from err
+    return value
+
+
+def _unique_map(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise RemoteProtocolError("Encoded map has a duplicate key")
+    return table
+
+
+# ---- annotations -> converters, built once for each class ----
+
+
+def _show(value: object) -> str:
+    return f"{type(value).__name__} {reprlib.repr(value)}"
+
+
+def _scalar(kind: type) -> _Convert:
+    def convert(value: Any) -> Any:
+        if type(value) is not kind:
+            raise _Mismatch(f"expected {kind.__name__}, got {_show(value)}")
+        return value
+
+    return convert
+
+
+def _to_int(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise _Mismatch(f"expected int, got {_show(value)}")
+    if not _INT_MIN <= value <= _INT_MAX:
+        raise _Mismatch(f"integer {value:#x} does not fit 64 bits")
+    return int(value)
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise _Mismatch(f"expected a finite float, got {value}")
+    return value
+
+
+def _float_to_wire(value: Any) -> float:
+    if type(value) is not float and type(value) is not int:
+        raise _Mismatch(f"expected float, got {_show(value)}")
+    return _finite(float(value))
+
+
+def _float_from_wire(value: Any) -> float:
+    if type(value) is not float:
+        raise _Mismatch(f"expected float, got {_show(value)}")
+    return _finite(value)
+
+
+def _enum_to_wire(kind: type[enum.Enum]) -> _Convert:
+    def convert(value: Any) -> Any:
+        if not isinstance(value, kind):
+            raise _Mismatch(f"expected {kind.__name__}, got {_show(value)}")
+        if isinstance(value, enum.Flag):
+            _check_bits(kind, value.value)
+        return value.value
+
+    return convert
+
+
+def _enum_from_wire(kind: type[enum.Enum]) -> _Convert:
+    member_types = {type(member.value) for member in kind.__members__.values()}
+    if issubclass(kind, enum.Flag):
+        member_types = {int}
+
+    def convert(value: Any) -> Any:
+        # The exact type first: True would find the member whose value is 1.
+        if type(value) not in member_types:
+            raise _Mismatch(f"expected {kind.__name__}, got {_show(value)}")
+        if issubclass(kind, enum.Flag):
+            _check_bits(kind, value)
+        try:
+            return kind(value)
+        except ValueError:
+            raise _Mismatch(f"{_show(value)} is not a {kind.__name__}") from None
+
+    return convert
+
+
+def _check_bits(kind: type[enum.Enum], value: int) -> None:
+    known = 0
+    for member in kind.__members__.values():
+        known |= member.value
+    if value < 0 or value & ~known:
+        raise _Mismatch(f"{value:#x} has bits {kind.__name__} does not name")
+
+
+def _optional(inner: _Convert) -> _Convert:
+    def convert(value: Any) -> Any:
+        return None if value is None else inner(value)
+
+    return convert
+
+
+def _sequence(kind: Any, made: Any, item: _Convert, exact: type | None) -> _Convert:
+    # `exact`: the one type every item must have when converting it would change nothing.
+    def convert(value: Any) -> Any:
+        if type(value) is not kind:
+            raise _Mismatch(f"expected {kind.__name__}, got {_show(value)}")
+        if exact is not None and set(map(type, value)) <= {exact}:
+            return value if made is kind else made(value)
+        return made(map(item, value))
+
+    return convert
+
+
+def _fixed(kind: Any, made: Any, items: tuple[_Convert, ...]) -> _Convert:
+    def convert(value: Any) -> Any:
+        if type(value) is not kind or len(value) != len(items):
+            raise _Mismatch(f"expected {len(items)} items, got {_show(value)}")
+        return made(item(part) for item, part in zip(items, value))
+
+    return convert
+
+
+def _mapping(key: _Convert, item: _Convert) -> _Convert:
+    def convert(value: Any) -> Any:
+        if type(value) is not dict:
+            raise _Mismatch(f"expected dict, got {_show(value)}")
+        return {key(name): item(part) for name, part in value.items()}
+
+    return convert
+
+
+def _exact(hint: Any, *, decoding: bool) -> type | None:
+    """The type whose instances travel unchanged and unchecked but for their type, if any.
+
+    Integers from the wire always fit; our own may not, so encoding looks at each. Floats are
+    looked at for NaN either way.
+    """
+    hint = _plain(hint)
+    if hint in (bool, str, bytes) or (decoding and hint is int):
+        return typing.cast(type, hint)
+    return None
+
+
+def _plain(hint: Any) -> Any:
+    while hasattr(hint, "__supertype__"):
+        hint = hint.__supertype__
+    return hint
+
+
+def _build(hint: Any, *, decoding: bool, lenient: bool) -> _Convert:
+    hint = _plain(hint)
+    if hint is int:
+        return _to_int
+    if hint is float:
+        return _float_from_wire if decoding else _float_to_wire
+    if hint in _SCALARS:
+        return _scalar(hint)
+    build = functools.partial(_build, decoding=decoding, lenient=lenient)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        inner = [arg for arg in args if arg is not type(None)]
+        if len(inner) == 1 and len(args) == 2:
+            return _optional(build(inner[0]))
+    elif origin is list:
+        return _sequence(list, list, build(args[0]), _exact(args[0], decoding=decoding))
+    elif origin is tuple:
+        kind, made = (list, tuple) if decoding else (tuple, list)
+        if len(args) == 2 and args[1] is Ellipsis:
+            return _sequence(kind, made, build(args[0]), _exact(args[0], decoding=decoding))
+        return _fixed(kind, made, tuple(build(arg) for arg in args))
+    elif origin is dict and _plain(args[0]) in (int, str):
+        return _mapping(build(args[0]), build(args[1]))
+    elif isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return _enum_from_wire(hint) if decoding else _enum_to_wire(hint)
+    elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return _record_from_wire(hint, lenient) if decoding else _record_to_wire(hint)
+    raise TypeError(f"The codec has no wire form for {hint!r}")
+
+
+# The converter of a nested class is looked up at call time, so that a class may contain itself.
+
+
+def _record_from_wire(cls: Any, lenient: bool) -> _Convert:
+    return lambda value: _decoder(cls, lenient)(value)
+
+
+def _record_to_wire(cls: Any) -> _Convert:
+    def convert(value: Any) -> Any:
+        kind: Any = type(value)
+        if kind is not cls:
+            raise _Mismatch(f"expected {cls.__name__}, got {_show(value)}")
+        return _encoder(kind)(value)
+
+    return convert
+
+
+@functools.cache
+def _encoder(cls: Any) -> _Convert:
+    hints = typing.get_type_hints(cls)
+    plan = [
+        (field.name, _exact(hints[field.name], decoding=False),
+         _build(hints[field.name], decoding=False, lenient=False))
+        for field in dataclasses.fields(cls)
+    ]
+
+    def convert(obj: Any) -> dict[str, Any]:
+        wire = {}
+        name = ""
+        try:
+            for name, exact, to_wire in plan:
+                value = getattr(obj, name)
+                wire[name] = value if type(value) is exact else to_wire(value)
+        except _Mismatch as err:
+            raise LocalProtocolError(f"{cls.__name__}.{name}: {err}") from err
+        return wire
+
+    return convert
+
+
+@functools.cache
+def _decoder(cls: Any, lenient: bool) -> _Convert:
+    hints = typing.get_type_hints(cls)
+    plan = [
+        (field.name, _exact(hints[field.name], decoding=True),
+         _build(hints[field.name], decoding=True, lenient=lenient),
+         field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING)
+        for field in dataclasses.fields(cls)
+    ]
+    names = frozenset(name for name, *_ in plan)
+
+    def convert(wire: Any) -> Any:
+        if type(wire) is not dict:
+            raise _Mismatch(f"expected a map for {cls.__name__}, got {_show(wire)}")
+        if not lenient and not names.issuperset(wire):
+            unknown = next(name for name in wire if name not in names)
+            raise RemoteProtocolError(f"{cls.__name__}.{_show(unknown)}: unknown field")
+        values = {}
+        name = ""
+        try:
+            for name, exact, from_wire, required in plan:
+                if name in wire:
+                    value = wire[name]
+                    values[name] = value if type(value) is exact else from_wire(value)
+                elif required:
+                    raise _Mismatch("field is missing")
+        except _Mismatch as err:
+            raise RemoteProtocolError(f"{cls.__name__}.{name}: {err}") from err
+        try:
+            return cls(**values)
+        except _CHECK_ERRORS as err:
+            raise RemoteProtocolError(f"{cls.__name__}: {err}") from err
+
+    return convert

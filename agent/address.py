@@ -1,7 +1,8 @@
 """Addresses of the other side: parse ``tcp://HOST:PORT`` and its relatives.
 
-Pure text: nothing is resolved, opened or connected here. A bad address is a UsageError whose text names
-the address and what is wrong with it. There is no percent-decoding: a path is taken as it is written.
+Pure text: nothing is resolved, opened or connected here. A bad address is a UsageError whose text
+names the address and what is wrong with it. There is no percent-decoding: a path is taken as it is
+written.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ from agent.errors import UsageError
 MAX_UNIX_PATH_BYTES = 107
 """unix(7): sun_path holds 108 bytes with the terminating NUL."""
 MAX_HOST_CHARS = 255
-"""RFC 1035, 2.3.4: the longest domain name; a zone index does not make a literal longer than this."""
+"""RFC 1035, 2.3.4: the longest domain name; a zone index does not make a literal longer than
+this."""
 
 _HOST_RE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\Z")
 _IPV6_RE = re.compile(r"[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*(%[A-Za-z0-9._-]+)?\Z")
 _USER_RE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._@+-]*\Z")
-_FORMS = "tcp://HOST:PORT, tls://HOST:PORT, ssh://[USER@]HOST[:PORT], unix:PATH, file:PATH or stdio:"
+_FORMS = (
+    "tcp://HOST:PORT, tls://HOST:PORT, ssh://[USER@]HOST[:PORT], unix:PATH, file:PATH or stdio:"
+)
 
 
 class Transport(enum.Enum):
@@ -94,14 +98,19 @@ def _parse_path(text: str, transport: Transport, path: str) -> str:
         _refuse(text, "the path contains a NUL character")
     if path.endswith("/"):
         _refuse(text, "the path names a directory")
-    if transport is Transport.UNIX and len(path.encode("utf-8", "surrogateescape")) > MAX_UNIX_PATH_BYTES:
+    if (
+        transport is Transport.UNIX
+        and len(path.encode("utf-8", "surrogateescape")) > MAX_UNIX_PATH_BYTES
+    ):
         _refuse(text, f"the path of a unix socket is limited to {MAX_UNIX_PATH_BYTES} bytes")
     return path
 
 
 def _parse_authority(text: str, transport: Transport, rest: str, *, listening: bool) -> Address:
     if transport is Transport.SSH and listening:
-        _refuse(text, "ssh:// is for agent-send, which starts 'agent-recv --once stdio:' over there")
+        _refuse(
+            text, "ssh:// is for agent-send, which starts 'agent-recv --once stdio:' over there"
+        )
     if not rest.startswith("//"):
         _refuse(text, f"'//' must follow '{transport.value}:'")
     authority = rest[2:]

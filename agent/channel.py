@@ -1,8 +1,9 @@
 """Byte channels to the peer: sockets, pipes and image files behind one blocking interface.
 
-A channel moves bytes and knows nothing of frames. It must never copy what it is handed: buffers go to the
-kernel as they are (sendmsg/writev with a list) and come back into a buffer of the caller. Everything that
-goes wrong with the link is a TransferError that names the peer and the phase of the migration.
+A channel moves bytes and knows nothing of frames. It must never copy what it is handed: buffers go
+to the kernel as they are (sendmsg/writev with a list) and come back into a buffer of the caller.
+Everything that goes wrong with the link is a TransferError that names the peer and the phase of the
+migration.
 
 Calls may come from one thread at a time. All fds are close-on-exec.
 """
@@ -50,8 +51,8 @@ def _flat(buffer: ReadableBuffer) -> memoryview:
 class Channel:
     """A connected byte stream over one or two fds, which it owns.
 
-    ``phase`` is set by the migration as it goes on; it is named in every error. ``recorded`` is true for image
-    files, where no peer answers.
+    ``phase`` is set by the migration as it goes on; it is named in every error. ``recorded`` is
+    true for image files, where no peer answers.
     """
 
     recorded = False
@@ -72,14 +73,17 @@ class Channel:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
     ) -> None:
         self.close()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.peer}>"
 
-    # -- what a transport may replace ------------------------------------------------------------------
+    # -- what a transport may replace --------------------------------------------------------------
 
     def _write(self, buffers: Sequence[ReadableBuffer]) -> int:
         return os.writev(self._write_fd, buffers)
@@ -97,7 +101,7 @@ class Channel:
         for fd in {read_fd, write_fd} - {-1}:
             os.close(fd)
 
-    # -- sending ---------------------------------------------------------------------------------------
+    # -- sending -----------------------------------------------------------------------------------
 
     def send_buffers(self, buffers: Sequence[ReadableBuffer]) -> int:
         """Send every byte of every buffer, in order, and return their number.
@@ -122,7 +126,8 @@ class Channel:
         return total
 
     def _send_rest(self, buffers: Sequence[ReadableBuffer], done: int) -> None:
-        # Slow path: a partial send, or more buffers than one call takes. An empty view cannot be cast.
+        # Slow path: a partial send, or more buffers than one call takes. An empty view cannot be
+        # cast.
         views = [_flat(buffer) for buffer in buffers if memoryview(buffer).nbytes]
         first = 0
         while True:
@@ -140,7 +145,8 @@ class Channel:
             try:
                 return self._write(buffers)
             except BlockingIOError:
-                # An inherited stdio fd may be non-blocking; the flag is shared with others, so it stays.
+                # An inherited stdio fd may be non-blocking; the flag is shared with others, so it
+                # stays.
                 waiter = select.poll()
                 waiter.register(self._write_fd, select.POLLOUT)
                 waiter.poll()
@@ -150,7 +156,7 @@ class Channel:
             return PeerGone(f"Lost {self.peer} while sending in {self.phase}: {err.strerror}")
         return TransferError(f"Cannot send to {self.peer} in {self.phase}: {err.strerror or err}")
 
-    # -- receiving -------------------------------------------------------------------------------------
+    # -- receiving ---------------------------------------------------------------------------------
 
     def poll_readable(self, timeout_s: float = 0.0) -> bool:
         """Whether a read would return at once: bytes are there, or the end of the stream."""
@@ -159,8 +165,8 @@ class Channel:
     def recv_exactly_into(self, buffer: WriteableBuffer, *, timeout_s: float | None = None) -> None:
         """Fill the whole buffer.
 
-        ``timeout_s`` bounds each silence of the peer, not the whole transfer; None means ``self.timeout_s``,
-        and if that is None too, no bound.
+        ``timeout_s`` bounds each silence of the peer, not the whole transfer; None means
+        ``self.timeout_s``, and if that is None too, no bound.
 
         :raises PeerGone: the stream ended or broke before the buffer was full.
         :raises PeerSilent: nothing came for that long.
@@ -197,7 +203,7 @@ class Channel:
         where = f" after {part} of {wanted} expected bytes" if part else ""
         return f"{self.peer} closed the connection in {self.phase}{where}"
 
-    # -- ending ----------------------------------------------------------------------------------------
+    # -- ending ------------------------------------------------------------------------------------
 
     @property
     def closed(self) -> bool:
@@ -215,7 +221,8 @@ class Channel:
             self._write_fd = -1
 
     def complete(self) -> None:
-        """The migration is complete: make what was sent durable (files); nothing for a connection."""
+        """The migration is complete: make what was sent durable (files); nothing for a
+        connection."""
 
     def close(self) -> None:
         """Close at once; without complete() before it, a file that was being written is deleted."""
@@ -225,8 +232,9 @@ class Channel:
     def close_gracefully(self, *, limit_s: float = DRAIN_LIMIT_S) -> None:
         """Close, but let our last words (Abort, Resumed) arrive first.
 
-        Closing a socket that holds unread bytes resets the connection, which discards what is still on its
-        way to the peer. So stop sending, then read and drop until the peer hangs up or ``limit_s`` is over.
+        Closing a socket that holds unread bytes resets the connection, which discards what is still
+        on its way to the peer. So stop sending, then read and drop until the peer hangs up or
+        ``limit_s`` is over.
         """
         if not self.closed and not self.recorded:
             with contextlib.suppress(OSError, TransferError):
@@ -285,8 +293,9 @@ class SocketChannel(Channel):
 class FileWriteChannel(Channel):
     """An image being written: it appears under its name, complete, or not at all.
 
-    The bytes go to a temporary file beside the final one, readable by its owner only (it holds the memory of
-    a process); complete() renames it over what was there. A device or FIFO is written directly.
+    The bytes go to a temporary file beside the final one, readable by its owner only (it holds the
+    memory of a process); complete() renames it over what was there. A device or FIFO is written
+    directly.
     """
 
     recorded = True
@@ -325,7 +334,9 @@ class FileWriteChannel(Channel):
         return False
 
     def _read_into(self, view: memoryview) -> int:
-        raise TransferError(f"Cannot receive from {self.peer}: an image that is being written never answers")
+        raise TransferError(
+            f"Cannot receive from {self.peer}: an image that is being written never answers"
+        )
 
     def half_close(self) -> None:
         """Nothing: complete() ends the image."""

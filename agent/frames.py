@@ -1,7 +1,8 @@
 """Frames over a channel: one list of buffers out, one warm buffer in.
 
-The reader's buffer is reused: a payload is valid until the next read. It holds any page batch from the start
-and grows only for a large control frame, whose length parse_header() has checked against its limit. Reading is unbuffered: no byte beyond the current frame is taken from the channel, so
+The reader's buffer is reused: a payload is valid until the next read. It holds any page batch from
+the start and grows only for a large control frame, whose length parse_header() has checked against
+its limit. Reading is unbuffered: no byte beyond the current frame is taken from the channel, so
 ``poll_readable`` tells exactly whether another frame has begun.
 """
 
@@ -53,7 +54,8 @@ class FrameWriter:
         self.nr_frames = 0
 
     def write_frame(self, frame_type: FrameType, *buffers: Buffer) -> int:
-        """Send one frame; the buffers are free again afterwards. Returns its size with the header."""
+        """Send one frame; the buffers are free again afterwards. Returns its size with the
+        header."""
         self.nr_frames += 1
         return self.channel.send_buffers(encode_frame(frame_type, *buffers))
 

@@ -11,7 +11,7 @@ import os
 import socket
 import time
 
-from agent.kernel.xstate import xstate_mask, xstate_size
+from agent.kernel.xstate import host_layout
 from agent.procfs.maps import parse_maps, read_maps
 from agent.types import Pid
 from protocol.messages import HostFacts
@@ -27,8 +27,8 @@ def gather_host_facts() -> HostFacts:
         page_size=os.sysconf("SC_PAGESIZE"),
         boot_id=_read("/proc/sys/kernel/random/boot_id").strip(),
         vdso_sha256=vdso_sha256(),
-        xstate_mask=xstate_mask(),
-        xstate_size=xstate_size(),
+        xstate_mask=host_layout().mask,
+        xstate_size=host_layout().size,
         monotonic_ns=time.clock_gettime_ns(time.CLOCK_MONOTONIC),
         boottime_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME),
         cpu_flags=_cpu_flags(),

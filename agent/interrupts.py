@@ -1,8 +1,9 @@
 """Signals that ask the agent to stop: they become one exception, outside of shielded stretches.
 
-SIGINT, SIGTERM and SIGHUP raise Interrupted in the main thread, so that every ``finally`` and context manager
-puts the target back as it was. Between COMMIT and the end of a migration there is nothing to put back:
-there the code is ``shielded()`` and the request is remembered until the stretch is over.
+SIGINT, SIGTERM and SIGHUP raise Interrupted in the main thread, so that every ``finally`` and
+context manager puts the target back as it was. Between COMMIT and the end of a migration there is
+nothing to put back: there the code is ``shielded()`` and the request is remembered until the
+stretch is over.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def install() -> None:
 def shielded() -> Iterator[None]:
     """Hold stop signals back until the body is done, then raise the first of them.
 
-    If the body fails, its error is what comes out and the signals are dropped: it ends the program anyway.
+    If the body fails, its error is what comes out and the signals are dropped: it ends the program
+    anyway.
     """
     global _shields
     _shields += 1

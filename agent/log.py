@@ -5,8 +5,8 @@
     -v        INFO         DEBUG
     -vv       DEBUG        DEBUG
 
-Errors that end a migration are printed by the command line itself, not logged to stderr. Tracebacks appear
-at DEBUG only. Timestamps are UTC, so that the files of two hosts can be laid side by side.
+Errors that end a migration are printed by the command line itself, not logged to stderr. Tracebacks
+appear at DEBUG only. Timestamps are UTC, so that the files of two hosts can be laid side by side.
 """
 
 from __future__ import annotations

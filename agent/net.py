@@ -1,8 +1,8 @@
 """Connect and listen: from an address to a channel.
 
-The agents of both hosts trust each other completely: whoever may send to agent-recv may run code as its
-user, and a stream holds the memory of a process. tcp:// protects neither; ssh://, tls:// and unix: do.
-Names are resolved and sockets opened here, and nowhere else. Timeouts are seconds.
+The agents of both hosts trust each other completely: whoever may send to agent-recv may run code as
+its user, and a stream holds the memory of a process. tcp:// protects neither; ssh://, tls:// and
+unix: do. Names are resolved and sockets opened here, and nowhere else. Timeouts are seconds.
 """
 
 from __future__ import annotations
@@ -48,9 +48,11 @@ KEEPALIVE_IDLE_S = 5
 KEEPALIVE_INTERVAL_S = 3
 KEEPALIVE_PROBES = 5
 USER_TIMEOUT_MS = 30_000
-"""tcp(7), TCP_USER_TIMEOUT: unacknowledged data, or a closed window, for this long ends the connection."""
+"""tcp(7), TCP_USER_TIMEOUT: unacknowledged data, or a closed window, for this long ends the
+connection."""
 UNIX_BUFFER_BYTES = 1 << 20
-"""unix(7) sockets do not tune their buffers; the default of 208 KiB wakes the reader for every batch."""
+"""unix(7) sockets do not tune their buffers; the default of 208 KiB wakes the reader for every
+batch."""
 PIPE_BYTES = 1 << 20
 """pipe(7): the default limit for a pipe's size set by an unprivileged process."""
 SSH_EXIT_WAIT_S = 10.0
@@ -58,7 +60,7 @@ _SO_SNDBUFFORCE = 32  # include/uapi/asm-generic/socket.h
 _F_SETPIPE_SZ = 1031  # include/uapi/linux/fcntl.h
 
 
-# -- connecting --------------------------------------------------------------------------------------------
+# -- connecting ------------------------------------------------------------------------------------
 
 
 def connect(
@@ -95,7 +97,9 @@ def _connect_tcp(address: Address, timeout_s: float) -> socket.socket:
         sock = socket.create_connection((address.host, address.port), timeout_s)
     except OSError as err:
         raise SetupError(
-            f"Cannot connect to {address}: {_reason(err)}", hint=_connect_hint(err), address=str(address)
+            f"Cannot connect to {address}: {_reason(err)}",
+            hint=_connect_hint(err),
+            address=str(address),
         ) from err
     set_tcp_options(sock)
     return sock
@@ -109,7 +113,9 @@ def _connect_unix(address: Address, timeout_s: float) -> socket.socket:
     except OSError as err:
         sock.close()
         raise SetupError(
-            f"Cannot connect to {address}: {_reason(err)}", hint=_connect_hint(err), address=str(address)
+            f"Cannot connect to {address}: {_reason(err)}",
+            hint=_connect_hint(err),
+            address=str(address),
         ) from err
     set_unix_options(sock)
     return sock
@@ -128,9 +134,11 @@ def _connect_hint(err: OSError) -> str:
 
 
 def set_tcp_options(sock: socket.socket) -> None:
-    """Options for a migration link: no Nagle delay, and a dead peer is noticed within half a minute.
+    """Options for a migration link: no Nagle delay, and a dead peer is noticed within half a
+    minute.
 
-    SO_SNDBUF and SO_RCVBUF stay alone: setting them turns off the kernel's own tuning, which goes higher.
+    SO_SNDBUF and SO_RCVBUF stay alone: setting them turns off the kernel's own tuning, which goes
+    higher.
     """
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -148,7 +156,7 @@ def set_unix_options(sock: socket.socket) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNIX_BUFFER_BYTES)
 
 
-# -- stdio and ssh -----------------------------------------------------------------------------------------
+# -- stdio and ssh ---------------------------------------------------------------------------------
 
 
 def _grow_pipe(fd: int) -> None:
@@ -162,15 +170,16 @@ def _grow_pipe(fd: int) -> None:
 class StdioChannel(Channel):
     """The agent's own standard input and output.
 
-    They are taken over: fd 0 becomes /dev/null and fd 1 a copy of stderr, so that nothing else that prints
-    can get into the stream.
+    They are taken over: fd 0 becomes /dev/null and fd 1 a copy of stderr, so that nothing else that
+    prints can get into the stream.
     """
 
     def __init__(self) -> None:
         try:
             if os.isatty(0) or os.isatty(1):
                 raise UsageError(
-                    "Cannot use stdio: on a terminal", hint="It is meant for a pipe, a socket or ssh."
+                    "Cannot use stdio: on a terminal",
+                    hint="It is meant for a pipe, a socket or ssh.",
                 )
             read_fd = _dup_high(0)
             write_fd = _dup_high(1)
@@ -218,14 +227,17 @@ class SshChannel(Channel):
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 bufsize=0,
-                # Ctrl-C reaches every process of the terminal. The agent decides what it means; the link must
-                # outlive it, or the outcome could not be told to the other side.
+                # Ctrl-C reaches every process of the terminal. The agent decides what it means; the
+                # link must outlive it, or the outcome could not be told to the other side.
                 preexec_fn=_ignore_interrupts,
             )
         except OSError as err:
             raise SetupError(f"Cannot start ssh for {address}: {err.strerror}") from err
         assert self._process.stdin is not None and self._process.stdout is not None
-        read_fd, write_fd = os.dup(self._process.stdout.fileno()), os.dup(self._process.stdin.fileno())
+        read_fd, write_fd = (
+            os.dup(self._process.stdout.fileno()),
+            os.dup(self._process.stdin.fileno()),
+        )
         self._process.stdin.close()
         self._process.stdout.close()
         for fd in (read_fd, write_fd):
@@ -266,7 +278,7 @@ def _ignore_interrupts() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-# -- listening ---------------------------------------------------------------------------------------------
+# -- listening -------------------------------------------------------------------------------------
 
 
 class Listener:
@@ -286,7 +298,10 @@ class Listener:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -389,7 +404,9 @@ def _listen_tcp(address: Address) -> socket.socket:
             sock.close()
             raise
     except OSError as err:
-        raise SetupError(f"Cannot listen on {address}: {_reason(err)}", address=str(address)) from err
+        raise SetupError(
+            f"Cannot listen on {address}: {_reason(err)}", address=str(address)
+        ) from err
     return sock
 
 
@@ -407,14 +424,17 @@ def _listen_unix(address: Address) -> socket.socket:
         sock.listen()
     except OSError as err:
         sock.close()
-        raise SetupError(f"Cannot listen on {address}: {_reason(err)}", address=str(address)) from err
+        raise SetupError(
+            f"Cannot listen on {address}: {_reason(err)}", address=str(address)
+        ) from err
     finally:
         os.umask(umask)
     return sock
 
 
 def _remove_stale_socket(path: str) -> bool:
-    """Remove the socket at ``path`` if it is one that nobody listens on; tell whether that was so."""
+    """Remove the socket at ``path`` if it is one that nobody listens on; tell whether that was
+    so."""
     try:
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
             return False

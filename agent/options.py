@@ -1,7 +1,8 @@
 """What the user asked for: frozen options of one ``agent-send`` or ``agent-recv``.
 
-The command line fills these in and has checked every value; ``agent.source`` and ``agent.destination``
-read them. No parsing of arguments and no look at the system here. Times are seconds, sizes are bytes.
+The command line fills these in and has checked every value; ``agent.source`` and
+``agent.destination`` read them. No parsing of arguments and no look at the system here. Times are
+seconds, sizes are bytes.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ from agent.address import Address
 from agent.types import Pid
 
 DEFAULT_DOWNTIME_LIMIT_S = 0.1
-"""Predicted downtime at which pre-copy ends. Below the patience of a person or of an RPC timeout; rounds go
-on while they shrink, so the real one is mostly much smaller."""
+"""Predicted downtime at which pre-copy ends. Below the patience of a person or of an RPC timeout;
+rounds go on while they shrink, so the real one is mostly much smaller."""
 DEFAULT_MAX_ROUNDS = 30
 """Pre-copy rounds before the last one. A writer that has not converged by then will not."""
 DEFAULT_CONNECT_TIMEOUT_S = 10.0
 """Connecting takes one round trip; ten seconds outlast several lost SYNs."""
 DEFAULT_IO_TIMEOUT_S = 60.0
-"""Longest silence of the peer where an answer is due; a restore of many files takes seconds, not a minute."""
+"""Longest silence of the peer where an answer is due; a restore of many files takes seconds, not a
+minute."""
 DEFAULT_REMOTE_COMMAND = "agent-recv"
 
 SUPPORTED_TRACKERS = ("auto", "scan")
@@ -62,8 +64,8 @@ class TlsOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SendOptions:
-    """``agent-send``. ``address`` is None with ``check`` (and may be with ``resolve``), ``pid`` is 0 with
-    ``resolve``."""
+    """``agent-send``. ``address`` is None with ``check`` (and may be with ``resolve``), ``pid`` is
+    0 with ``resolve``."""
 
     pid: Pid
     address: Address | None

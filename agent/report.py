@@ -1,13 +1,15 @@
 """What the user sees of a migration: events, progress and the final report.
 
-With ``--json`` every event is one object per line, ``event`` first; each migration ends with ``completed``
-or ``failed``. Progress for people goes to stderr. Reporting must never be what fails or delays a migration:
-a reader that went away is forgotten, and while the target is frozen nothing is written at all
-(``deferred``). Durations are seconds, instants are CLOCK_MONOTONIC nanoseconds of this host.
+With ``--json`` every event is one object per line, ``event`` first; each migration ends with
+``completed`` or ``failed``. Progress for people goes to stderr. Reporting must never be what fails
+or delays a migration: a reader that went away is forgotten, and while the target is frozen nothing
+is written at all (``deferred``). Durations are seconds, instants are CLOCK_MONOTONIC nanoseconds of
+this host.
 
-*Downtime* is the time from the instant the first thread of the target is stopped for the last time to the
-instant the last thread is released on the destination. It leaves out what each side cannot know: how long the
-first instruction then takes to reach a cold cache, and the time a client needs to notice. See downtime().
+*Downtime* is the time from the instant the first thread of the target is stopped for the last time
+to the instant the last thread is released on the destination. It leaves out what each side cannot
+know: how long the first instruction then takes to reach a cold cache, and the time a client needs
+to notice. See downtime().
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TextIO
+from typing import Any, TextIO, cast
 
 from agent.errors import MigrationError, RefusedError
 from agent.types import Obstacle
@@ -56,8 +58,8 @@ class PhaseSpan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletedReport:
-    """The fields of the ``completed`` event. On the destination ``downtime_s`` is None: only the source
-    knows when the target stopped."""
+    """The fields of the ``completed`` event. On the destination ``downtime_s`` is None: only the
+    source knows when the target stopped."""
 
     session: str
     pid: int
@@ -80,10 +82,10 @@ def downtime(
 ) -> tuple[float, str]:
     """Seconds the target did not run, and how that is known.
 
-    ``released_ns`` is the destination's own clock. It is used if it lies where it must on this host's clock,
-    between the sending of COMMIT and the arrival of RESUMED ("exact": one clock, the same host). Otherwise the
-    clocks differ and the arrival of RESUMED is taken ("upper bound": longer than the truth by the way back).
-    Even a wrong guess is off by no more than that interval.
+    ``released_ns`` is the destination's own clock. It is used if it lies where it must on this
+    host's clock, between the sending of COMMIT and the arrival of RESUMED ("exact": one clock, the
+    same host). Otherwise the clocks differ and the arrival of RESUMED is taken ("upper bound":
+    longer than the truth by the way back). Even a wrong guess is off by no more than that interval.
     """
     if released_ns is not None and commit_sent_ns <= released_ns <= resumed_received_ns:
         return (released_ns - frozen_ns) / 1e9, "exact"
@@ -118,7 +120,8 @@ class PhaseClock:
 
 @dataclass(slots=True)
 class Reporter:
-    """Writes events of one agent. ``json_stream`` and ``progress_stream`` are None when not wanted."""
+    """Writes events of one agent. ``json_stream`` and ``progress_stream`` are None when not
+    wanted."""
 
     json_stream: TextIO | None = None
     progress_stream: TextIO | None = None
@@ -133,7 +136,7 @@ class Reporter:
         stream = self.progress_stream
         self._rewrites = stream is not None and stream.isatty()
 
-    # -- events ----------------------------------------------------------------------------------------
+    # -- events ------------------------------------------------------------------------------------
 
     def event(self, name: str, **fields: object) -> None:
         """Report one event; values must be what JSON can hold."""
@@ -216,11 +219,13 @@ class Reporter:
             self.event("completed", pid=pid, obstacles=0)
             return 0
         plural = "" if len(obstacles) == 1 else "s"
-        error = RefusedError(f"Process {pid} cannot be migrated: {len(obstacles)} obstacle{plural}", obstacles)
+        error = RefusedError(
+            f"Process {pid} cannot be migrated: {len(obstacles)} obstacle{plural}", obstacles
+        )
         self.failed(error, phase="check")
         return error.exit_code
 
-    # -- output ----------------------------------------------------------------------------------------
+    # -- output ------------------------------------------------------------------------------------
 
     def _write_event(self, name: str, fields: dict[str, object]) -> None:
         if self.json_stream is not None:
@@ -265,7 +270,7 @@ def error_text(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
-# -- text for people ---------------------------------------------------------------------------------------
+# -- text for people -------------------------------------------------------------------------------
 
 
 def format_bytes(count: float) -> str:
@@ -294,7 +299,8 @@ def format_round(report: RoundReport) -> str:
     """One line for a round: what was dirty, what was sent, how fast, what a stop now would cost."""
     rate = report.bytes_sent / report.seconds if report.seconds > 0 else 0.0
     text = (
-        f"round {report.round}: {report.pages_dirty} dirty pages, {format_bytes(report.bytes_sent)} sent "
+        f"round {report.round}: {report.pages_dirty} dirty pages, "
+        f"{format_bytes(report.bytes_sent)} sent "
         f"in {format_seconds(report.seconds)} ({format_bytes(rate)}/s)"
     )
     if report.predicted_downtime_s is not None:
@@ -343,9 +349,12 @@ def _progress_lines(name: str, fields: dict[str, object]) -> list[str]:
     if name == "phase":
         return [f"{fields['phase']}..."]
     if name == "round":
-        return [format_round(RoundReport(**fields))]  # type: ignore[arg-type]
+        return [format_round(RoundReport(**cast("dict[str, Any]", fields)))]
     if name == "completed" and "total_s" in fields:
-        timeline = [PhaseSpan(**span) for span in fields.get("timeline", ())]  # type: ignore[attr-defined]
-        return format_completed(CompletedReport(**{**fields, "timeline": timeline}))  # type: ignore[arg-type]
-    # "failed" and obstacles are printed by the command line, once, whether or not progress is shown.
+        known = dict(fields)
+        spans = cast("list[dict[str, Any]]", known.pop("timeline", []))
+        timeline = [PhaseSpan(**span) for span in spans]
+        return format_completed(CompletedReport(**cast("dict[str, Any]", known), timeline=timeline))
+    # "failed" and obstacles are printed by the command line, once, whether or not progress is
+    # shown.
     return []

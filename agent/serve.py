@@ -1,7 +1,7 @@
 """The receiver's outer loop: one migration after another.
 
-A migration that fails is reported and ends there; the next one is served all the same. Only an address that
-cannot be used, or with ``--once`` the one migration, ends the program.
+A migration that fails is reported and ends there; the next one is served all the same. Only an
+address that cannot be used, or with ``--once`` the one migration, ends the program.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ ACCEPT_RETRY_S = 0.5
 """Pause after a failed accept, which may fail again at once (out of file descriptors)."""
 
 Handler = Callable[[net.Channel], "int | None"]
-"""Carries out one migration: exit status, or None if the peer wanted something else (``--resolve``, a port
-scan), which does not count for ``--once``. The channel is closed for it."""
+"""Carries out one migration: exit status, or None if the peer wanted something else (``--resolve``,
+a port scan), which does not count for ``--once``. The channel is closed for it."""
 
 
 def serve(options: RecvOptions, reporter: Reporter, handler: Handler) -> int:
     """Accept and handle migrations as the options say; return the exit status.
 
-    :raises MigrationError: nothing can be accepted at the address, or with ``--once`` the migration failed.
+    :raises MigrationError: nothing can be accepted at the address, or with ``--once`` the migration
+    failed.
     """
     with net.listen(options.address, tls=options.tls) as listener:
         if not listener.one_shot:
@@ -48,7 +49,9 @@ def serve(options: RecvOptions, reporter: Reporter, handler: Handler) -> int:
                 return status or 0
 
 
-def _serve_one(channel: net.Channel, reporter: Reporter, handler: Handler, *, only_one: bool) -> int | None:
+def _serve_one(
+    channel: net.Channel, reporter: Reporter, handler: Handler, *, only_one: bool
+) -> int | None:
     with channel:
         reporter.failed_sent = False
         try:

@@ -1,13 +1,13 @@
 """Durable records of how sessions ended, one small JSON file each.
 
-The destination decides once per session, before it answers: ``committed`` or ``aborted``. The first decision
-stands, whoever makes it, which is what makes the answer to ``--resolve`` final: to ask about a session that
-has no decision *makes* it aborted, and a COMMIT that arrives later finds that out. The source records a
-session whose COMMIT went unanswered, and forgets it once resolved.
+The destination decides once per session, before it answers: ``committed`` or ``aborted``. The first
+decision stands, whoever makes it, which is what makes the answer to ``--resolve`` final: to ask
+about a session that has no decision *makes* it aborted, and a COMMIT that arrives later finds that
+out. The source records a session whose COMMIT went unanswered, and forgets it once resolved.
 
-The default directory is on a tmpfs: a record outlives the agent and, like the processes it speaks of, not a
-reboot. Session names come from the peer and become file names: nothing but 32 hex digits passes. Files are
-complete or absent (written aside, synced, then linked or renamed).
+The default directory is on a tmpfs: a record outlives the agent and, like the processes it speaks
+of, not a reboot. Session names come from the peer and become file names: nothing but 32 hex digits
+passes. Files are complete or absent (written aside, synced, then linked or renamed).
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ class DecisionRecord:
 class UndecidedRecord:
     """A frozen original whose COMMIT went unanswered.
 
-    ``start_ticks`` (proc_pid_stat(5), starttime) and ``boot_id`` tell the process from a later one with the
-    same pid; ``hold`` says how it is kept from running (``sigstop`` or the path of a cgroup); ``facts`` is for
-    whatever else the source needs to let it go or end it.
+    ``start_ticks`` (proc_pid_stat(5), starttime) and ``boot_id`` tell the process from a later one
+    with the same pid; ``hold`` says how it is kept from running (``sigstop`` or the path of a
+    cgroup); ``facts`` is for whatever else the source needs to let it go or end it.
     """
 
     session: str
@@ -123,14 +123,16 @@ class SessionStore:
     def __init__(self, directory: str = "") -> None:
         self.directory = directory or default_state_dir()
 
-    # -- destination -----------------------------------------------------------------------------------
+    # -- destination -------------------------------------------------------------------------------
 
     def record_decision(self, session: str, decision: str, pid: int = 0) -> DecisionRecord:
         """Record the decision durably, unless there is one, and return the one that stands.
 
         :raises SetupError: it could not be recorded; nothing may be answered or resumed then.
         """
-        record = DecisionRecord(session=session, decision=decision, pid=pid, recorded_at=time.time())
+        record = DecisionRecord(
+            session=session, decision=decision, pid=pid, recorded_at=time.time()
+        )
         temporary = self._write_aside(session, asdict(record))
         try:
             # link(2) fails if the name exists: the first decision wins, also between two agents.
@@ -138,7 +140,9 @@ class SessionStore:
         except FileExistsError:
             standing = self.lookup(session)
             if standing is None:
-                raise SetupError(f"Cannot read the recorded decision of session {session}") from None
+                raise SetupError(
+                    f"Cannot read the recorded decision of session {session}"
+                ) from None
             return standing
         except OSError as err:
             raise SetupError(f"Cannot record session {session}: {err.strerror}") from err
@@ -151,7 +155,7 @@ class SessionStore:
         """The decision of a session; None if there is none."""
         return self._read(session, _DECISION_SUFFIX, DecisionRecord)
 
-    # -- source ----------------------------------------------------------------------------------------
+    # -- source ------------------------------------------------------------------------------------
 
     def record_undecided(
         self, session: str, pid: int, address: str, *, hold: str = "sigstop", **facts: Any
@@ -191,7 +195,8 @@ class SessionStore:
         found = [
             self.lookup_undecided(name.removesuffix(_UNDECIDED_SUFFIX))
             for name in names
-            if name.endswith(_UNDECIDED_SUFFIX) and _SESSION_RE.match(name.removesuffix(_UNDECIDED_SUFFIX))
+            if name.endswith(_UNDECIDED_SUFFIX)
+            and _SESSION_RE.match(name.removesuffix(_UNDECIDED_SUFFIX))
         ]
         return sorted((record for record in found if record), key=lambda record: record.recorded_at)
 
@@ -200,7 +205,7 @@ class SessionStore:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._path(session, _UNDECIDED_SUFFIX))
 
-    # -- files -----------------------------------------------------------------------------------------
+    # -- files -------------------------------------------------------------------------------------
 
     def _path(self, session: str, suffix: str) -> str:
         return os.path.join(self.directory, check_session(session) + suffix)

@@ -1,14 +1,12 @@
 """The skeleton: a nearly empty process with the right pid, which the destination fills.
 
 A tiny program written to a memfd is executed in a new process made with clone3(set_tid). All it has is
-one page of code, a stack, the vdso and two descriptors far above those of the target: a socket to the
-agent and a pidfd of the agent (from which it takes descriptors). It dies with the agent until
-:meth:`Skeleton.release`.
+one page of code, a stack, the vdso and one descriptor far above those of the target: a pidfd of the agent,
+through which it takes whatever the agent has opened. It dies with the agent until the agent lets it go.
 
 ``--new-pidns`` gives it pid and mount namespaces of their own with a fresh /proc; a second tiny program is
 their init: it reaps orphans and ends with the restored process.
 
-Must never run in a process with other threads: the child runs Python between clone3 and exec.
 Sources: clone(2), pid_namespaces(7), time_namespaces(7), execveat(2), elf(5).
 """
 
@@ -16,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import logging
 import os
 import signal
 import socket
@@ -27,17 +24,21 @@ from types import TracebackType
 
 from agent.errors import RestoreError
 from agent.kernel import syscalls as nr
-from agent.kernel.libc import libc, syscall
+from agent.kernel.clone import CLONE_NEWNS, CLONE_NEWPID, CLONE_NEWTIME, fork_with
+from agent.kernel.libc import syscall
+from agent.kernel.namespaces import (
+    MS_NODEV,
+    MS_NOEXEC,
+    MS_NOSUID,
+    MS_PRIVATE,
+    MS_REC,
+    mount,
+    setns,
+    unshare,
+)
+from agent.kernel.prctl import PR_SET_PDEATHSIG, prctl
 from agent.types import Pid
 
-_log = logging.getLogger(__name__)
-
-CLONE_NEWNS = 0x00020000
-CLONE_NEWPID = 0x20000000
-CLONE_NEWTIME = 0x00000080
-MS_REC, MS_PRIVATE, MS_NOSUID, MS_NODEV, MS_NOEXEC = 0x4000, 1 << 18, 2, 4, 8
-PR_SET_PDEATHSIG = 1
-PR_SET_DUMPABLE = 4
 AT_EMPTY_PATH = 0x1000
 CLOSE_RANGE_CLOEXEC = 4
 MFD_EXEC = 0x0010
@@ -52,11 +53,11 @@ _PAUSE_CODE = bytes.fromhex(
     "ebf7"  #       jmp 1b
 )
 
-FIRST_CONTROL_FD = 500
+FIRST_FREE_FD = 500
 """Lowest number for descriptors given to a child: above whatever the agent has open by then."""
 
 # The init of a new pid namespace; the pidfd of the restored process always stands at INIT_PIDFD.
-INIT_PIDFD = FIRST_CONTROL_FD
+INIT_PIDFD = FIRST_FREE_FD
 _INIT_CODE = bytes.fromhex(
     # reap: wait4(-1, 0, WNOHANG, 0) until nothing is left
     "48c7c7ffffffff"  # 0: mov rdi, -1
@@ -113,12 +114,10 @@ class Namespaces:
 
 @dataclass(slots=True)
 class Skeleton:
-    """The process being filled. ``pid`` is as the agent sees it, ``control_fd`` a number over there."""
+    """The process being filled: ``pid`` as the agent sees it, ``agent_pidfd`` its descriptor of the agent."""
 
     pid: Pid
     pidfd: int
-    control_sock: socket.socket
-    control_fd: int
     agent_pidfd: int
     init_pid: Pid | None
 
@@ -134,7 +133,6 @@ class Skeleton:
 
     def close(self) -> None:
         """Close the agent's descriptors; the process is left alone."""
-        self.control_sock.close()
         with contextlib.suppress(OSError):
             os.close(self.pidfd)
 
@@ -159,37 +157,36 @@ def create_skeleton(
     *,
     ns_pid: int,
     code_address: int,
-    control_fd: int,
+    agent_pidfd: int,
     new_pidns: bool = False,
     clock_offsets: tuple[int, int] | None = None,
 ) -> Skeleton:
     """Make the process with pid ``ns_pid`` and let it wait in its one page of code.
 
-    ``control_fd`` and ``control_fd + 1`` become the socket and the pidfd of the agent; both must be above
-    every descriptor of the target, and not below FIRST_CONTROL_FD. ``clock_offsets`` (monotonic, boottime; ns) put it into a time
+    ``agent_pidfd`` is the number that its descriptor of the agent gets: above every descriptor of the
+    target, and not below FIRST_FREE_FD. ``clock_offsets`` (monotonic, boottime; ns) put it into a time
     namespace of its own.
 
     :raises RestoreError: when the pid is taken, or a namespace or the process cannot be made.
     """
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    agent_pidfd = os.pidfd_open(os.getpid())
+    own_pidfd = os.pidfd_open(os.getpid())
     try:
         if clock_offsets is not None:
             _new_time_namespace(clock_offsets)
         namespaces = None
         if new_pidns:
-            syscall_unshare(CLONE_NEWPID)
+            unshare(CLONE_NEWPID)
             if ns_pid != 1:
                 namespaces = _start_init()
         program = _program_fd(build_program(_PAUSE_CODE, code_address), "ferry-skeleton")
 
         def child() -> None:
-            syscall(nr.NR_prctl, PR_SET_PDEATHSIG, signal.SIGKILL)
+            prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             if namespaces is not None:
-                syscall(nr.NR_setns, namespaces.mnt_fd, CLONE_NEWNS)
+                setns(namespaces.mnt_fd, CLONE_NEWNS)
             elif new_pidns:
                 _fresh_mount_namespace()
-            _only_descriptors({theirs.fileno(): control_fd, agent_pidfd: control_fd + 1})
+            _only_descriptors({own_pidfd: agent_pidfd})
 
         pid = _spawn(child, program, ns_pid)
         try:
@@ -203,62 +200,32 @@ def create_skeleton(
         return Skeleton(
             pid=pid,
             pidfd=os.pidfd_open(pid),
-            control_sock=ours,
-            control_fd=control_fd,
-            agent_pidfd=control_fd + 1,
+            agent_pidfd=agent_pidfd,
             init_pid=namespaces.init_pid if namespaces is not None else None,
         )
     except OSError as err:
-        ours.close()
         raise RestoreError(
             f"Cannot create a process with pid {ns_pid}: {err.strerror or err}",
             hint="the pid is taken: use --new-pidns" if err.errno == 17 else "",
         ) from err
     finally:
-        theirs.close()
-        os.close(agent_pidfd)
-
-
-def syscall_unshare(flags: int) -> None:
-    """unshare(2) for this process."""
-    syscall(nr.NR_unshare, flags)
-
-
-class _clone_args(ctypes.Structure):
-    """include/uapi/linux/sched.h, struct clone_args (CLONE_ARGS_SIZE_VER1)."""
-
-    _fields_ = [
-        (name, ctypes.c_uint64)
-        for name in (
-            "flags", "pidfd", "child_tid", "parent_tid", "exit_signal", "stack", "stack_size", "tls",
-            "set_tid", "set_tid_size",
-        )
-    ]  # fmt: skip
+        os.close(own_pidfd)
 
 
 def _spawn(child: Callable[[], None], program: int, ns_pid: int) -> Pid:
     """Fork with a chosen pid, run ``child`` there and execute ``program``; return when that is done."""
     status_read, status_write = os.pipe2(os.O_CLOEXEC)
-    wanted = (ctypes.c_int32 * 1)(ns_pid)
-    arguments = _clone_args(
-        exit_signal=signal.SIGCHLD,
-        set_tid=ctypes.addressof(wanted) if ns_pid else 0,
-        set_tid_size=1 if ns_pid else 0,
-    )
-    execveat = libc["syscall"]
-    empty = ctypes.create_string_buffer(b"")
-    argv = (ctypes.c_char_p * 2)(b"ferry", None)
-    envp = (ctypes.c_char_p * 1)(None)
-    pid = syscall(nr.NR_clone3, ctypes.addressof(arguments), ctypes.sizeof(arguments))
+    pid = fork_with(set_tid=(ns_pid,))
     if pid == 0:
         # The agent's own handlers and cleanups must not run here: leave by exec or _exit alone.
         try:
             child()
-            execveat(
-                ctypes.c_long(nr.NR_execveat), ctypes.c_long(program),
-                ctypes.byref(empty), argv, envp, ctypes.c_long(AT_EMPTY_PATH),
+            empty = ctypes.create_string_buffer(b"")
+            vector = (ctypes.c_char_p * 2)(b"ferry", None)
+            syscall(
+                nr.NR_execveat, program, ctypes.addressof(empty), ctypes.addressof(vector),
+                ctypes.addressof(vector) + 8, AT_EMPTY_PATH,
             )  # fmt: skip
-            os.write(status_write, struct.pack("<i", ctypes.get_errno()))
         except OSError as err:
             os.write(status_write, struct.pack("<i", err.errno or 5))
         finally:
@@ -278,7 +245,7 @@ def _spawn(child: Callable[[], None], program: int, ns_pid: int) -> Pid:
 def _only_descriptors(moves: dict[int, int]) -> None:
     """In the child: let only ``moves`` survive the exec, under their new numbers.
 
-    The new numbers must not be in use (see FIRST_CONTROL_FD).
+    The new numbers must not be in use (see FIRST_FREE_FD).
     """
     syscall(nr.NR_close_range, 0, 0xFFFFFFFF, CLOSE_RANGE_CLOEXEC)
     for source, destination in moves.items():
@@ -304,11 +271,11 @@ def _start_init() -> Namespaces:
     pid = os.fork()
     if pid == 0:
         try:
-            syscall(nr.NR_prctl, PR_SET_PDEATHSIG, signal.SIGKILL)
+            prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             _fresh_mount_namespace()
             os.write(status_write, b"+")
             _message, fds, _flags, _address = socket.recv_fds(receiver, 1, 1)
-            syscall(nr.NR_prctl, PR_SET_PDEATHSIG, 0)
+            prctl(PR_SET_PDEATHSIG, 0)
             os.setsid()
             for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE):
                 signal.signal(signum, signal.SIG_DFL)
@@ -350,26 +317,14 @@ def _give_init_its_pidfd(namespaces: Namespaces, pid: Pid) -> None:
 
 def _fresh_mount_namespace() -> None:
     """A mount namespace of its own, with a /proc that shows the new pid namespace."""
-    syscall_unshare(CLONE_NEWNS)
-    _mount(b"none", b"/", None, MS_REC | MS_PRIVATE)
-    _mount(b"proc", b"/proc", b"proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
-
-
-_libc_mount = libc["mount"]
-_libc_mount.argtypes = (
-    ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_void_p,
-)  # fmt: skip
-
-
-def _mount(source: bytes, target: bytes, fstype: bytes | None, flags: int) -> None:
-    if _libc_mount(source, target, fstype, flags, None):
-        code = ctypes.get_errno()
-        raise OSError(code, f"mount {target.decode()}: {os.strerror(code)}")
+    unshare(CLONE_NEWNS)
+    mount("none", "/", "", MS_REC | MS_PRIVATE)
+    mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
 
 
 def _new_time_namespace(offsets_ns: tuple[int, int]) -> None:
     """Let the next children be born in a time namespace with these clock offsets."""
-    syscall_unshare(CLONE_NEWTIME)
+    unshare(CLONE_NEWTIME)
     with open("/proc/self/timens_offsets", "w", encoding="ascii") as file:
         for clock, offset in zip(("monotonic", "boottime"), offsets_ns, strict=True):
             file.write(f"{clock} {offset // 10**9} {offset % 10**9}\n")

@@ -1,8 +1,9 @@
 """tls:// channels: both sides prove with a certificate who they are.
 
-The receiver runs what it is sent, so a client without a certificate of the given authority is turned away, and
-a sender does not hand a process to a server it cannot verify. There is no switch that turns this off. TLS 1.2
-is the minimum. Bytes pass through the library's buffers: expect less than half the speed of tcp://.
+The receiver runs what it is sent, so a client without a certificate of the given authority is
+turned away, and a sender does not hand a process to a server it cannot verify. There is no switch
+that turns this off. TLS 1.2 is the minimum. Bytes pass through the library's buffers: expect less
+than half the speed of tcp://.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 HANDSHAKE_TIMEOUT_S = 10.0
 """A client that connects and says nothing holds up a receiver for no longer than this."""
 JOIN_BYTES = 16 << 10
-"""RFC 8446, 5.1: a record carries 16 KiB; smaller buffers are joined, larger ones passed as they are."""
+"""RFC 8446, 5.1: a record carries 16 KiB; smaller buffers are joined, larger ones passed as they
+are."""
 
 
 class TlsChannel(SocketChannel):
@@ -87,16 +89,21 @@ def _context(protocol: ssl._SSLMethod, options: TlsOptions) -> ssl.SSLContext:
         context.load_cert_chain(options.certificate, options.key)
     except OSError as err:
         raise UsageError(
-            f"Cannot use TLS certificate {options.certificate!r} with key {options.key!r}: {_reason(err)}"
+            f"Cannot use TLS certificate {options.certificate!r} with key {options.key!r}: "
+            f"{_reason(err)}"
         ) from err
     try:
         context.load_verify_locations(options.authorities)
     except OSError as err:
-        raise UsageError(f"Cannot use TLS authorities {options.authorities!r}: {_reason(err)}") from err
+        raise UsageError(
+            f"Cannot use TLS authorities {options.authorities!r}: {_reason(err)}"
+        ) from err
     return context
 
 
-def connect_tls(address: Address, connect: Callable[[], socket.socket], options: TlsOptions) -> TlsChannel:
+def connect_tls(
+    address: Address, connect: Callable[[], socket.socket], options: TlsOptions
+) -> TlsChannel:
     """Wrap the socket that ``connect`` makes.
 
     :raises UsageError: the files cannot be used.

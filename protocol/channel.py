@@ -9,10 +9,22 @@ connection only; the announcement is defined so that an old destination refuses 
 from __future__ import annotations
 
 import enum
+import string
 from dataclasses import dataclass
 
 MAX_CHANNELS = 64
 """Connections of one session: more never helped a link, and each costs the receiver a thread."""
+
+_HEX_DIGITS = frozenset(string.hexdigits.lower())
+
+
+def check_session_id(session: str) -> None:
+    """Check that `session` is a UUID in hex: it names files and records on both hosts.
+
+    :raises ValueError: when it is anything else.
+    """
+    if len(session) != 32 or not _HEX_DIGITS.issuperset(session):
+        raise ValueError("session is not a UUID in 32 lowercase hex digits")
 
 
 class ChannelRole(enum.IntEnum):
@@ -31,6 +43,7 @@ class ChannelAnnouncement:
     index: int
 
     def __post_init__(self) -> None:
+        check_session_id(self.session)
         if self.role is ChannelRole.CONTROL:
             raise ValueError("a session has one control channel, the first connection")
         if not 0 < self.index < MAX_CHANNELS:

@@ -30,6 +30,7 @@ import dataclasses
 import enum
 import functools
 import math
+import operator
 import reprlib
 import types
 import typing
@@ -179,46 +180,53 @@ def _float_from_wire(value: Any) -> float:
 
 
 def _enum_to_wire(kind: type[enum.Enum]) -> _Convert:
+    known = _named_bits(kind)
+
     def convert(value: Any) -> Any:
         if not isinstance(value, kind):
             raise _Mismatch(f"expected {kind.__name__}, got {_show(value)}")
-        if isinstance(value, enum.Flag):
-            _check_bits(kind, value.value)
+        if known is not None:
+            _check_bits(kind, value.value, known)
         return value.value
 
     return convert
 
 
 def _enum_from_wire(kind: type[enum.Enum]) -> _Convert:
-    member_types = {type(member.value) for member in kind.__members__.values()}
-    if issubclass(kind, enum.Flag):
-        member_types = {int}
+    known = _named_bits(kind)
+    # Keyed by type too: True would find the member whose value is 1.
+    members = {(type(item.value), item.value): item for item in kind.__members__.values()}
+
+    def flags(value: Any) -> Any:
+        if type(value) is not int:
+            raise _Mismatch(f"expected {kind.__name__}, got {_show(value)}")
+        _check_bits(kind, value, known or 0)
+        return kind(value)
 
     def convert(value: Any) -> Any:
-        # The exact type first: True would find the member whose value is 1.
-        if type(value) not in member_types:
-            raise _Mismatch(f"expected {kind.__name__}, got {_show(value)}")
-        if issubclass(kind, enum.Flag):
-            _check_bits(kind, value)
         try:
-            return kind(value)
-        except ValueError:
+            return members[type(value), value]
+        except (KeyError, TypeError):
             raise _Mismatch(f"{_show(value)} is not a {kind.__name__}") from None
 
-    return convert
+    return convert if known is None else flags
 
 
-def _check_bits(kind: type[enum.Enum], value: int) -> None:
-    known = 0
-    for member in kind.__members__.values():
-        known |= member.value
+def _named_bits(kind: type[enum.Enum]) -> int | None:
+    """Return all bits the flag class `kind` names, None when it is no flag class."""
+    if not issubclass(kind, enum.Flag):
+        return None
+    return functools.reduce(operator.or_, (item.value for item in kind.__members__.values()), 0)
+
+
+def _check_bits(kind: type[enum.Enum], value: int, known: int) -> None:
     if value < 0 or value & ~known:
         raise _Mismatch(f"{value:#x} has bits {kind.__name__} does not name")
 
 
-def _optional(inner: _Convert) -> _Convert:
+def _optional(inner: _Convert, exact: type | None) -> _Convert:
     def convert(value: Any) -> Any:
-        return None if value is None else inner(value)
+        return value if value is None or type(value) is exact else inner(value)
 
     return convert
 
@@ -253,16 +261,13 @@ def _mapping(key: _Convert, item: _Convert) -> _Convert:
     return convert
 
 
-def _exact(hint: Any, *, decoding: bool) -> type | None:
+def _exact(hint: Any) -> type | None:
     """The type whose instances travel unchanged and unchecked but for their type, if any.
 
-    Integers from the wire always fit; our own may not, so encoding looks at each. Floats are
-    looked at for NaN either way.
+    msgpack itself refuses an int that does not fit. Floats are looked at for NaN.
     """
     hint = _plain(hint)
-    if hint in (bool, str, bytes) or (decoding and hint is int):
-        return typing.cast(type, hint)
-    return None
+    return typing.cast(type, hint) if hint in (int, bool, str, bytes) else None
 
 
 def _plain(hint: Any) -> Any:
@@ -284,13 +289,13 @@ def _build(hint: Any, *, decoding: bool, lenient: bool) -> _Convert:
     if origin in (Union, types.UnionType):
         inner = [arg for arg in args if arg is not type(None)]
         if len(inner) == 1 and len(args) == 2:
-            return _optional(build(inner[0]))
+            return _optional(build(inner[0]), _exact(inner[0]))
     elif origin is list:
-        return _sequence(list, list, build(args[0]), _exact(args[0], decoding=decoding))
+        return _sequence(list, list, build(args[0]), _exact(args[0]))
     elif origin is tuple:
         kind, made = (list, tuple) if decoding else (tuple, list)
         if len(args) == 2 and args[1] is Ellipsis:
-            return _sequence(kind, made, build(args[0]), _exact(args[0], decoding=decoding))
+            return _sequence(kind, made, build(args[0]), _exact(args[0]))
         return _fixed(kind, made, tuple(build(arg) for arg in args))
     elif origin is dict and _plain(args[0]) in (int, str):
         return _mapping(build(args[0]), build(args[1]))
@@ -322,7 +327,7 @@ def _record_to_wire(cls: Any) -> _Convert:
 def _encoder(cls: Any) -> _Convert:
     hints = typing.get_type_hints(cls)
     plan = [
-        (field.name, _exact(hints[field.name], decoding=False),
+        (field.name, _exact(hints[field.name]),
          _build(hints[field.name], decoding=False, lenient=False))
         for field in dataclasses.fields(cls)
     ]
@@ -345,7 +350,7 @@ def _encoder(cls: Any) -> _Convert:
 def _decoder(cls: Any, lenient: bool) -> _Convert:
     hints = typing.get_type_hints(cls)
     plan = [
-        (field.name, _exact(hints[field.name], decoding=True),
+        (field.name, _exact(hints[field.name]),
          _build(hints[field.name], decoding=True, lenient=lenient),
          field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING)
         for field in dataclasses.fields(cls)

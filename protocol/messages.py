@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import get_args
 
 from protocol import codec
-from protocol.channel import ChannelAnnouncement
+from protocol.channel import ChannelAnnouncement, check_session_id
 from protocol.codec import Buffer
 from protocol.errors import LocalProtocolError, RemoteProtocolError
 from protocol.limits import (
@@ -31,11 +31,6 @@ MAX_KIND_CHARS = 64
 def _check_text(what: str, text: str) -> None:
     if len(text) > MAX_TEXT_CHARS:
         raise ValueError(f"{what} has {len(text)} characters, limit {MAX_TEXT_CHARS}")
-
-
-def _check_session(session: str) -> None:
-    if len(session) != 32 or not _HEX_DIGITS.issuperset(session):
-        raise ValueError("session is not a UUID in 32 lowercase hex digits")
 
 
 def _check_digest(digest: str | None) -> None:
@@ -118,7 +113,7 @@ class Hello:
         if not 0 < self.version_min <= self.version_max:
             raise ValueError(f"versions {self.version_min} to {self.version_max} make no range")
         _check_text("software", self.software)
-        _check_session(self.session)
+        check_session_id(self.session)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -289,7 +284,7 @@ class Resolve:
     session: str
 
     def __post_init__(self) -> None:
-        _check_session(self.session)
+        check_session_id(self.session)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -300,7 +295,7 @@ class Resolution:
     decision: Decision
 
     def __post_init__(self) -> None:
-        _check_session(self.session)
+        check_session_id(self.session)
 
 
 Message = (

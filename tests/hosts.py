@@ -170,7 +170,9 @@ class Host:
         flags = ["--mount", "--pid", "--net", "--uts", "--ipc"]
         if self._offset_s is not None:
             flags.append("--time")
-        return ["nsenter", f"--target={self.init_pid}", *flags, "--", *map(str, argv)]
+        # nsenter leaves the working directory on the other mount namespace's root.
+        inside = ["env", f"--chdir={REPOSITORY}", *map(str, argv)]
+        return ["nsenter", f"--target={self.init_pid}", *flags, "--", *inside]
 
     def run(
         self, argv: Sequence[Union[str, Path]], *, check: bool = True, timeout_s: float = WAIT_S
@@ -202,7 +204,6 @@ class Host:
             stdin=stdin,
             stdout=stdout,
             stderr=stderr,
-            cwd=REPOSITORY,
             env={**os.environ, **(environment or {})},
             pass_fds=pass_fds,
         )
@@ -227,10 +228,8 @@ class Host:
             self.set_last_pid(last_pid)
         with open(output, "ab") as stream:
             started = self.popen(["setsid", *argv], stdout=stream, stderr=stream)
-        # nsenter's child becomes setsid becomes the program: wait until it is the program.
-        wait_until(
-            lambda: not started.alive or _has_become(started.outer, "setsid"), f"{argv[0]} to start"
-        )
+        # nsenter's child becomes env, setsid and then the program: wait until it is the program.
+        wait_until(lambda: not started.alive or _has_become_program(started.outer), f"{argv[0]} to start")
         return started
 
     def outer_pid(self, inner: int) -> int:
@@ -326,9 +325,9 @@ def _only_child(pid: int) -> int:
     raise HostError(f"process {pid} has no child")
 
 
-def _has_become(outer_pid: int, launcher: str) -> bool:
+def _has_become_program(outer_pid: int) -> bool:
     try:
         name = Path(f"/proc/{outer_pid}/comm").read_text().strip()
     except OSError:
         return True
-    return name not in (launcher, "nsenter")
+    return name not in ("nsenter", "env", "setsid")

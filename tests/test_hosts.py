@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,10 +31,10 @@ def test_hosts_reach_each_other_over_their_link() -> None:
     with Host("a") as left, Host("b") as right:
         here, there = join(left, right)
         script = "import socket,sys; s=socket.create_server((sys.argv[1], 7000)); s.accept()[0].send(b'hi')"
-        server = right.popen(["python3", "-c", script, there])
+        server = right.popen([sys.executable, "-c", script, there])
         wait_until(lambda: right.listens_on_tcp(7000), "the server")
         client = "import socket,sys; print(socket.create_connection((sys.argv[1], 7000)).recv(9))"
-        assert left.run(["python3", "-c", client, there]).stdout == b"b'hi'\n"
+        assert left.run([sys.executable, "-c", client, there]).stdout == b"b'hi'\n"
         assert server.wait() == 0
 
 
@@ -48,5 +49,5 @@ def test_everything_inside_ends_with_the_host(tmp_path: Path) -> None:
 
 def test_clocks_of_a_host_can_be_ahead() -> None:
     with host_pair(monotonic_offset_s=1000) as (source, destination):
-        clock = ["python3", "-c", "import time; print(time.monotonic())"]
+        clock = [sys.executable, "-c", "import time; print(time.monotonic())"]
         assert float(destination.run(clock).stdout) - float(source.run(clock).stdout) > 999

@@ -1,8 +1,8 @@
 """What both commands share: the parser, value types and the way a program ends.
 
-Every mistake on the command line is one line on stderr and exit status 2. Value types are functions from text
-that raise ArgumentTypeError; argparse adds the option's name. Only what ``--help`` needs is imported at the
-top: it must be fast.
+Every mistake on the command line is one line on stderr and exit status 2. Value types are functions
+from text that raise ArgumentTypeError; argparse adds the option's name. Only what ``--help`` needs
+is imported at the top: it must be fast.
 """
 
 from __future__ import annotations
@@ -17,13 +17,11 @@ from typing import TYPE_CHECKING, NoReturn
 from agent.address import Transport
 from agent.errors import MigrationError, RefusedError, UsageError
 from agent.options import Compression, CompressOption, TlsOptions
+from agent.version import VERSION
 
 if TYPE_CHECKING:
     from agent.address import Address
     from agent.report import Reporter
-
-VERSION = "0.1.0"
-"""Shown by --version when the package is not installed."""
 
 PID_MAX = 1 << 22
 """proc(5), /proc/sys/kernel/pid_max: the limit on 64-bit systems."""
@@ -72,7 +70,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class _VersionAction(argparse.Action):
-    # Reading the package's metadata is slow: only when asked.
+    # argparse's own wraps the text and names no product.
     def __call__(
         self,
         parser: argparse.ArgumentParser,
@@ -80,17 +78,11 @@ class _VersionAction(argparse.Action):
         values: object,
         option_string: str | None = None,
     ) -> NoReturn:
-        from importlib import metadata
-
-        try:
-            version = metadata.version("ferry")
-        except metadata.PackageNotFoundError:
-            version = VERSION
-        print(f"{parser.prog} (Ferry) {version}")
+        print(f"{parser.prog} (Ferry) {VERSION}")
         sys.exit(0)
 
 
-# -- value types -------------------------------------------------------------------------------------------
+# -- value types -----------------------------------------------------------------------------------
 
 
 def whole_number(minimum: int, maximum: int) -> Callable[[str], int]:
@@ -116,7 +108,9 @@ def decimal(minimum: float, maximum: float) -> Callable[[str], float]:
             raise argparse.ArgumentTypeError(f"{text!r} is not a number")
         value = float(text)
         if not minimum <= value <= maximum:
-            raise argparse.ArgumentTypeError(f"{value:g} is not between {minimum:g} and {maximum:g}")
+            raise argparse.ArgumentTypeError(
+                f"{value:g} is not between {minimum:g} and {maximum:g}"
+            )
         return value
 
     return parse
@@ -169,7 +163,7 @@ def session_name(text: str) -> str:
     return text
 
 
-# -- shared options ----------------------------------------------------------------------------------------
+# -- shared options --------------------------------------------------------------------------------
 
 
 def add_common_options(parser: Parser) -> None:
@@ -193,7 +187,11 @@ def add_common_options(parser: Parser) -> None:
         "--no-progress", dest="progress", action="store_const", const=False, help="show no progress"
     )
     out.add_argument(
-        "-v", "--verbose", action="count", default=0, help="log more on stderr: -v the story, -vv every detail"
+        "-v",
+        "--verbose",
+        action="count",
+        default=0,
+        help="log more on stderr: -v the story, -vv every detail",
     )
     out.add_argument(
         "-o",
@@ -224,7 +222,9 @@ def add_common_options(parser: Parser) -> None:
     ):
         general.add_argument(option, metavar="PATH", default="", help=f"tls://: {what}")
     general.add_argument("-h", "--help", action="help", help="show this help and exit")
-    general.add_argument("--version", action=_VersionAction, nargs=0, help="show the version and exit")
+    general.add_argument(
+        "--version", action=_VersionAction, nargs=0, help="show the version and exit"
+    )
 
 
 def add_unsupported(parser: Parser, options: Sequence[tuple[str, str | None, str]]) -> None:
@@ -237,17 +237,24 @@ def add_unsupported(parser: Parser, options: Sequence[tuple[str, str | None, str
             group.add_argument(name, metavar=metavar, help=text)
 
 
-def refuse_unsupported(args: argparse.Namespace, options: Sequence[tuple[str, str | None, str]]) -> None:
+def refuse_unsupported(
+    args: argparse.Namespace, options: Sequence[tuple[str, str | None, str]]
+) -> None:
     """Raise UsageError for the first such option that was given."""
     for name, _, _ in options:
         if getattr(args, name[2:].replace("-", "_")) not in (None, False):
             refuse(f"{name} is not supported yet")
 
 
-def tls_options(args: argparse.Namespace, address: Address | None, server_name: str = "") -> TlsOptions:
+def tls_options(
+    args: argparse.Namespace, address: Address | None, server_name: str = ""
+) -> TlsOptions:
     """The TLS files, which make sense with tls:// only."""
     options = TlsOptions(
-        certificate=args.tls_cert, key=args.tls_key, authorities=args.tls_ca, server_name=server_name
+        certificate=args.tls_cert,
+        key=args.tls_key,
+        authorities=args.tls_ca,
+        server_name=server_name,
     )
     if address is not None and address.transport is not Transport.TLS and options != TlsOptions():
         refuse(f"--tls-cert, --tls-key, --tls-ca and --tls-name mean nothing with {address}")
@@ -259,7 +266,7 @@ def refuse(message: str, *, hint: str = "") -> NoReturn:
     raise UsageError(message, hint=hint)
 
 
-# -- running -----------------------------------------------------------------------------------------------
+# -- running ---------------------------------------------------------------------------------------
 
 
 def make_reporter(prog: str, *, json: bool, progress: bool | None, stdio: bool) -> Reporter:
@@ -274,7 +281,9 @@ def make_reporter(prog: str, *, json: bool, progress: bool | None, stdio: bool) 
     )
 
 
-def run(prog: str, argv: Sequence[str] | None, body: Callable[[Sequence[str], list[Reporter]], int]) -> int:
+def run(
+    prog: str, argv: Sequence[str] | None, body: Callable[[Sequence[str], list[Reporter]], int]
+) -> int:
     """Run a command; turn every way it can fail into a message and an exit status.
 
     ``body`` gets the arguments and a list to which it adds its reporter once there is one.
@@ -287,8 +296,6 @@ def run(prog: str, argv: Sequence[str] | None, body: Callable[[Sequence[str], li
     except SystemExit as err:
         # --help and --version, after their output.
         return err.code if isinstance(err.code, int) else 0
-    except BrokenPipeError:
-        return 1
     except BaseException as err:  # noqa: B902 - the last line of defence: never a traceback
         status = err.exit_code if isinstance(err, MigrationError) else 1
         _print_failure(prog, err)
@@ -340,12 +347,16 @@ def _report_failure(
 
 
 def _reopen_standard_fds() -> None:
-    # With fd 0-2 closed, the next file opened would get one of them, and stray output would land in it.
+    # With fd 0-2 closed, the next file opened would get one of them, and stray output would land
+    # in it. Python has set the streams to None then.
     for fd in (0, 1, 2):
         try:
             os.fstat(fd)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
 
 
 def _flush_standard_streams() -> None:

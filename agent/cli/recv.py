@@ -63,19 +63,21 @@ UNSUPPORTED: tuple[tuple[str, str | None, str], ...] = (
 def build_parser() -> common.Parser:
     """The parser of agent-recv."""
     parser = common.Parser(prog=PROG, usage=USAGE, description=DESCRIPTION, epilog=EPILOG)
-    parser.add_argument("positionals", metavar="ADDRESS", nargs="*", help="where to listen, or the image")
+    parser.add_argument(
+        "positionals", metavar="ADDRESS", nargs="*", help="where to listen, or the image"
+    )
     group = parser.add_argument_group("what to do")
     group.add_argument("--once", action="store_true", help="serve one migration, then exit")
     group.add_argument(
         "--wait",
         action="store_true",
-        help="with --once, file: or stdio: stay the parent of the restored process and exit with its status",
+        help="with --once, file: or stdio: stay the parent of the restored process and exit with "
+        "its status",
     )
     group.add_argument(
         "--new-pidns",
         action="store_true",
-        help="restore into a new pid namespace, where every pid is free; only the image of a whole namespace "
-        "sees no difference",
+        help="restore into a new pid namespace, where the process's pids are free for certain",
     )
     group.add_argument(
         "--inherit-fd",
@@ -83,10 +85,16 @@ def build_parser() -> common.Parser:
         type=common.inherited_fd,
         action="append",
         default=[],
-        help="put the open fd M of agent-recv where the process had its fd N, which agent-send --external "
+        help="put the open fd M of agent-recv where the process had its fd N, which agent-send "
+        "--external "
         "left out (repeatable; for one migration, so with --once, file: or stdio:)",
     )
-    group.add_argument("--pidfile", metavar="PATH", default="", help="write the pid of the restored process to a file")
+    group.add_argument(
+        "--pidfile",
+        metavar="PATH",
+        default="",
+        help="write the pid of the restored process to a file",
+    )
     common.add_common_options(parser)
     common.add_unsupported(parser, UNSUPPORTED)
     return parser

@@ -77,7 +77,9 @@ UNSUPPORTED: tuple[tuple[str, str | None, str], ...] = (
 def build_parser() -> common.Parser:
     """The parser of agent-send."""
     parser = common.Parser(prog=PROG, usage=USAGE, description=DESCRIPTION, epilog=EPILOG)
-    parser.add_argument("positionals", metavar="PID ADDRESS", nargs="*", help="what to move, and where to")
+    parser.add_argument(
+        "positionals", metavar="PID ADDRESS", nargs="*", help="what to move, and where to"
+    )
     _add_mode_options(parser)
     _add_memory_options(parser)
     _add_resource_options(parser)
@@ -97,7 +99,10 @@ def build_parser() -> common.Parser:
         "'--once stdio:' is added",
     )
     link.add_argument(
-        "--tls-name", metavar="NAME", default="", help="tls://: the name in the receiver's certificate, if not HOST"
+        "--tls-name",
+        metavar="NAME",
+        default="",
+        help="tls://: the name in the receiver's certificate, if not HOST",
     )
     common.add_common_options(parser)
     common.add_unsupported(parser, UNSUPPORTED)
@@ -110,21 +115,23 @@ def _add_mode_options(parser: common.Parser) -> None:
     modes.add_argument(
         "--check",
         action="store_true",
-        help="only find out whether PID can be moved: print one line per obstacle, 'KIND: WHAT: DETAIL "
+        help="only find out whether PID can be moved: print one line per obstacle, 'KIND: WHAT: "
+        "DETAIL "
         "(HINT)', and exit with 4 if there are any. The process is not touched",
     )
     modes.add_argument(
         "--resolve",
         metavar="SESSION",
         type=common.session_name,
-        default="",
-        help="after exit status 3: ask the receiver how the session ended and let the frozen original run "
+        help="after exit status 3: ask the receiver how the session ended and let the frozen "
+        "original run "
         "on, or end it. ADDRESS is needed only if the receiver has moved",
     )
     modes.add_argument(
         "--leave-running",
         action="store_true",
-        help="checkpoint: the original goes on afterwards. For file: only, as otherwise two copies would run",
+        help="checkpoint: the original goes on afterwards. For file: only, as otherwise two "
+        "copies would run",
     )
     group.add_argument(
         "--verify",
@@ -140,14 +147,16 @@ def _add_memory_options(parser: common.Parser) -> None:
         "--tracker",
         choices=KNOWN_TRACKERS,
         default="auto",
-        help=f"how writes are noticed (default: auto; supported now: {', '.join(SUPPORTED_TRACKERS)})",
+        help="how writes are noticed (default: auto; supported now: "
+        f"{', '.join(SUPPORTED_TRACKERS)})",
     )
     group.add_argument(
         "--downtime-limit",
         metavar="MS",
         type=common.decimal(0, 3_600_000),
         default=DEFAULT_DOWNTIME_LIMIT_S * 1000,
-        help="stop the process once the predicted downtime is below this many milliseconds and rounds no "
+        help="stop the process once the predicted downtime is below this many milliseconds and "
+        "rounds no "
         "longer shrink (default: %(default)g)",
     )
     group.add_argument(
@@ -169,7 +178,8 @@ def _add_memory_options(parser: common.Parser) -> None:
         metavar="none|zstd[:LEVEL]|auto",
         type=common.compression,
         default=CompressOption(),
-        help="compress pages; auto: only if the link is slower than the compression (default: auto)",
+        help="compress pages; auto: only if the link is slower than the compression (default: "
+        "auto)",
     )
     group.add_argument(
         "--streams",
@@ -185,16 +195,22 @@ def _add_resource_options(parser: common.Parser) -> None:
     group.add_argument(
         "--tcp-close",
         action="store_true",
-        help="carry established TCP connections as ones that the peer has reset, instead of refusing",
+        help="carry established TCP connections as ones that the peer has reset, instead of "
+        "refusing",
     )
-    group.add_argument("--file-locks", action="store_true", help="carry flock(2) and fcntl(2) locks, instead of refusing")
+    group.add_argument(
+        "--file-locks",
+        action="store_true",
+        help="carry flock(2) and fcntl(2) locks, instead of refusing",
+    )
     group.add_argument(
         "--external",
         metavar="fd[N]",
         type=common.external_fd,
         action="append",
         default=[],
-        help="leave out the process's fd N; agent-recv --inherit-fd puts another in its place (repeatable)",
+        help="leave out the process's fd N; agent-recv --inherit-fd puts another in its place "
+        "(repeatable)",
     )
 
 
@@ -212,7 +228,8 @@ def parse_options(argv: Sequence[str]) -> tuple[SendOptions, argparse.Namespace]
     pid, address = _parse_positionals(args)
     if args.leave_running and address is not None and address.transport is not Transport.FILE:
         common.refuse(
-            f"--leave-running with {address} would leave two running copies", hint="It needs a file: address."
+            f"--leave-running with {address} would leave two running copies",
+            hint="It needs a file: address.",
         )
     if args.remote_command is not None:
         if not args.remote_command.strip():
@@ -224,7 +241,7 @@ def parse_options(argv: Sequence[str]) -> tuple[SendOptions, argparse.Namespace]
             pid=pid,
             address=address,
             check=args.check,
-            resolve=args.resolve,
+            resolve=args.resolve or "",
             leave_running=args.leave_running,
             tracker=args.tracker,
             downtime_limit_s=args.downtime_limit / 1000,
@@ -283,7 +300,8 @@ def parse_pid(text: str) -> Pid:
 def check_pid(pid: Pid) -> None:
     """Refuse a pid that no process has, or one that makes no sense to move.
 
-    :raises UsageError: there is no such process, it is a thread, a zombie, a kernel thread or this program.
+    :raises UsageError: there is no such process, it is a thread, a zombie, a kernel thread or this
+    program.
     """
     import os
 

@@ -6,6 +6,7 @@ arch/x86/include/uapi/asm/mman.h, mmap(2), madvise(2), mremap(2), mseal(2).
 
 from __future__ import annotations
 
+import ctypes
 from ctypes import c_int, c_size_t, c_uint64, c_void_p
 from typing import Final
 
@@ -80,8 +81,6 @@ _mremap.restype = c_void_p
 
 
 def _mapped(address: int | None, what: str, *facts: object) -> int:
-    import ctypes
-
     if address == _MAP_FAILED or address is None:
         raise os_error(ctypes.get_errno(), what, *facts)
     return address

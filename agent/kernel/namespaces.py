@@ -5,6 +5,7 @@ Calls change the calling thread only. CLONE_NEW* are in clone.py. Sources: setns
 
 from __future__ import annotations
 
+import ctypes
 import os
 from ctypes import c_char_p, c_int, c_ulong
 from typing import Final
@@ -60,7 +61,5 @@ def umount2(target: str, flags: int = 0) -> None:
 
 def pivot_root(new_root: bytes, put_old: bytes) -> None:
     """Make ``new_root`` the root and put the old one at ``put_old``, below it."""
-    import ctypes
-
     new, old = ctypes.create_string_buffer(new_root), ctypes.create_string_buffer(put_old)
     syscall(NR_pivot_root, ctypes.addressof(new), ctypes.addressof(old))

@@ -91,8 +91,7 @@ _ioctl.restype = c_int
 class PagemapScanner:
     """Scans the page tables of one process. Owns its fd of /proc/PID/pagemap and a warm vector; not thread safe.
 
-    The fd pins the address space that was there at open: once the target exits or calls exec, scans find nothing and
-    do not fail; whether it still lives must be learnt elsewhere.
+    The fd pins the address space that was there at open: it does not follow an exec of the target.
     """
 
     def __init__(self, pid: int, *, vec_len: int = DEFAULT_VEC_LEN) -> None:
@@ -136,12 +135,13 @@ class PagemapScanner:
     ) -> array[int]:
         """Return the matching regions of [start, end) as flat triples start, end, categories.
 
-        Sorted, and coalesced where neighbours have equal categories (of ``return_mask``); holes are skipped. The fast
-        path of the kernel needs category_mask == return_mask == PAGE_IS_WRITTEN and nothing else (flags are free).
+        Sorted, and coalesced where neighbours have equal categories (of ``return_mask``); holes are skipped. The
+        kernel's fast path needs category_mask == return_mask == PAGE_IS_WRITTEN and nothing else (flags are free).
 
-        :raises PermissionError: under PM_SCAN_CHECK_WPASYNC (or PM_SCAN_WP_MATCHING) a VMA in the range is not
-            registered with an asynchronous userfaultfd. With PM_SCAN_WP_MATCHING what lies before it may already be
-            protected and its report is lost: the caller must take all of [start, end) as written.
+        :raises PermissionError: under PM_SCAN_CHECK_WPASYNC a VMA in the range is not registered with an asynchronous
+            userfaultfd. With PM_SCAN_WP_MATCHING what lies before it may already be protected and its report is lost:
+            the caller must take all of [start, end) as written.
+        :raises ProcessLookupError: the address space is gone (kernels may also find nothing instead).
         """
         arg = self._arg
         arg.flags = flags

@@ -23,6 +23,7 @@ PTRACE_GETSIGINFO: Final = 0x4202
 PTRACE_GETSIGMASK: Final = 0x420A
 PTRACE_GET_RSEQ_CONFIGURATION: Final = 0x420F
 PTRACE_GET_SYSCALL_INFO: Final = 0x420E
+PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG: Final = 0x4211
 PTRACE_INTERRUPT: Final = 0x4207
 PTRACE_LISTEN: Final = 0x4208
 PTRACE_PEEKSIGINFO: Final = 0x4209
@@ -93,6 +94,21 @@ class ptrace_rseq_configuration(ctypes.Structure):
         ("signature", c_uint32),
         ("flags", c_uint32),
         ("pad", c_uint32),
+    ]
+
+
+class ptrace_sud_config(ctypes.Structure):
+    """include/uapi/linux/ptrace.h, PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG.
+
+    Since Linux kernel commit 3f67987cdc09 ("ptrace: Provide set/get interface for syscall user
+    dispatch") (in v6.4).
+    """
+
+    _fields_ = [
+        ("mode", c_uint64),
+        ("selector", c_uint64),
+        ("offset", c_uint64),
+        ("len", c_uint64),
     ]
 
 
@@ -243,3 +259,15 @@ def get_rseq_configuration(tid: int) -> RseqConfiguration | None:
     return RseqConfiguration(
         config.rseq_abi_pointer, config.rseq_abi_size, config.signature, config.flags
     )
+
+
+def has_user_dispatch(tid: int) -> bool:
+    """Tell whether a stopped thread uses Syscall User Dispatch; False where the kernel cannot say."""
+    config = ptrace_sud_config()
+    result = _ptrace(PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG, tid, sizeof(config), byref(config))
+    if result < 0:
+        errno = ctypes.get_errno()
+        if errno == 5:  # EIO: request unknown
+            return False
+        raise os_error(errno, "ptrace(PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG)", tid)
+    return bool(config.mode)

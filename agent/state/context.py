@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from agent.errors import DumpError, RestoreError
 from agent.kernel.pidfd import pidfd_getfd
-from agent.target.inject import Injector
 from agent.types import Pid
+
+if TYPE_CHECKING:
+    from agent.target.inject import Injector
 
 
 class DumpOptions(Protocol):
@@ -58,6 +60,8 @@ class DumpContext:
     shared_id: Callable[[int, int, int], int] = _no_shared_id
     private_links: set[str] = field(default_factory=set)
     """Pipes and sockets that no other process was found to hold; not looked for a second time."""
+    ranks: dict[int, int] = field(default_factory=dict)
+    """The order in which kcmp(2) put descriptors at the last look: where the next sort starts."""
     fetched: dict[int, int] = field(default_factory=dict)
 
     def fetch_fd(self, target_fd: int) -> int:

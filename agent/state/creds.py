@@ -1,27 +1,42 @@
 """Credentials of one thread.
 
-Dumped from /proc/PID/task/TID/status, which costs less than asking for each capability, plus the securebits, which only
-the thread itself can read. Restored by calls inside the thread, in the one order that works:
+Dumped from /proc/PID/task/TID/status, which costs less than asking for each capability, plus the
+securebits, which only the thread itself can read. Restored by calls inside the thread, in the one
+order that works:
 
 1. securebits to NO_SETUID_FIXUP, so that changing ids leaves the capabilities alone;
 2. groups, gids, uids (fsuid and fsgid after the ids that would overwrite them);
-3. capset with the inheritable set but all permitted ones: afterwards the bounding set would forbid some;
+3. capset with the inheritable set but all permitted ones: afterwards the bounding set would forbid
+   some;
 4. ambient capabilities: they need 3, and securebits can forbid them;
 5. the bounding set, then the final securebits: both need CAP_SETPCAP;
 6. the final capset; no_new_privs.
 
-The parent death signal and the dumpable flag are reset by the kernel in step 2 and 6, they come later (thread.py,
-process.py). Must never give a thread more than the state says: where the agent lacks a capability that is an obstacle,
-except for the bounding set, which may only shrink. Sources: capabilities(7), credentials(7).
+The parent death signal and the dumpable flag are reset by the kernel in step 2 and 6, they come
+later (thread.py, process.py). Must never give a thread more than the state says: where the agent
+lacks a capability that is an obstacle, except for the bounding set, which may only shrink.
+Sources: capabilities(7), credentials(7).
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import struct
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
+from agent.kernel.prctl import (
+    PR_CAP_AMBIENT,
+    PR_CAP_AMBIENT_CLEAR_ALL,
+    PR_CAP_AMBIENT_RAISE,
+    PR_CAPBSET_DROP,
+    PR_GET_SECUREBITS,
+    PR_SET_NO_NEW_PRIVS,
+    PR_SET_SECUREBITS,
+    SECBIT_NO_SETUID_FIXUP,
+    prctl,
+)
 from agent.kernel.syscalls import (
     NR_capset,
     NR_prctl,
@@ -31,6 +46,7 @@ from agent.kernel.syscalls import (
     NR_setresgid,
     NR_setresuid,
 )
+from agent.procfs.files import read_bytes
 from agent.procfs.status import Status, read_status
 from agent.types import Obstacle
 from protocol.state.creds import CredState
@@ -38,21 +54,18 @@ from protocol.state.creds import CredState
 if TYPE_CHECKING:
     from agent.target.inject import Batch
 
-PR_CAPBSET_DROP: Final = 24
-PR_CAP_AMBIENT: Final = 47
-PR_CAP_AMBIENT_CLEAR_ALL: Final = 4
-PR_CAP_AMBIENT_RAISE: Final = 2
-PR_GET_SECUREBITS: Final = 27
-PR_SET_NO_NEW_PRIVS: Final = 38
-PR_SET_SECUREBITS: Final = 28
-SECBIT_NO_SETUID_FIXUP: Final = 1 << 2
 CAP_SETPCAP: Final = 8
 _LINUX_CAPABILITY_VERSION_3: Final = 0x20080522
 
 
 def own_status() -> Status:
     """Return the agent's own status: what a process it creates starts with."""
-    return read_status("self")  # type: ignore[arg-type]  # /proc/self works as well
+    return read_status(os.getpid())
+
+
+def own_securebits() -> int:
+    """Return the agent's own securebits."""
+    return prctl(PR_GET_SECUREBITS)
 
 
 def own_capabilities() -> int:
@@ -83,10 +96,45 @@ def creds_of(status: Status, securebits: int) -> CredState:
     )
 
 
-def plan_creds(batch: Batch, status: Status) -> Callable[[], CredState]:
-    """Add the calls that complete ``status`` of the thread that runs ``batch``."""
+def parse_creds(text: bytes, securebits: int) -> CredState:
+    """Return the credentials in the text of a status file.
+
+    Much quicker than parsing all of it, more so for the second thread with the same ones.
+
+    :raises ValueError: that is not such a text.
+    """
+    ids_at, caps_at = text.find(b"\nUid:"), text.find(b"\nCapInh:")
+    ids_end, caps_end = text.find(b"\nVm", ids_at), text.find(b"\nSeccomp:", caps_at)
+    return _parse_creds(text[ids_at:ids_end], text[caps_at:caps_end], securebits)
+
+
+@functools.lru_cache(maxsize=64)
+def _parse_creds(ids: bytes, caps: bytes, securebits: int) -> CredState:
+    fields = dict(line.split(b":", 1) for line in (ids + caps).split(b"\n") if line)
+    try:
+        return CredState(
+            uids=tuple(map(int, fields[b"Uid"].split())),
+            gids=tuple(map(int, fields[b"Gid"].split())),
+            groups=tuple(map(int, fields[b"Groups"].split())),
+            cap_inheritable=int(fields[b"CapInh"], 16),
+            cap_permitted=int(fields[b"CapPrm"], 16),
+            cap_effective=int(fields[b"CapEff"], 16),
+            cap_bounding=int(fields[b"CapBnd"], 16),
+            cap_ambient=int(fields[b"CapAmb"], 16),
+            securebits=securebits,
+            no_new_privs=int(fields[b"NoNewPrivs"]) != 0,
+        )
+    except KeyError as err:
+        raise ValueError(f"Not a status file: field {err} is missing") from err
+
+
+def plan_creds(batch: Batch, pid: int, tid: int) -> Callable[[], CredState]:
+    """Add the calls that, with its status file, give the credentials of the thread that runs
+    ``batch``.
+    """
+    text = read_bytes(f"/proc/{pid}/task/{tid}/status")
     bits = batch.call(NR_prctl, PR_GET_SECUREBITS, name="prctl(PR_GET_SECUREBITS)")
-    return lambda: creds_of(status, bits.value)
+    return lambda: parse_creds(text, bits.value)
 
 
 def _capset(batch: Batch, effective: int, permitted: int, inheritable: int) -> None:
@@ -98,9 +146,11 @@ def _capset(batch: Batch, effective: int, permitted: int, inheritable: int) -> N
 
 
 def restore_creds_calls(batch: Batch, state: CredState, now: CredState) -> None:
-    """Add the calls that turn the credentials ``now`` of the thread that runs ``batch`` into ``state``.
+    """Add the calls that turn the credentials ``now`` of the thread that runs ``batch`` into
+    ``state``.
 
-    Only what differs is touched, so that an agent without privileges can restore a process like itself.
+    Only what differs is touched, so that an agent without privileges can restore a process like
+    itself.
     """
     if state.no_new_privs == now.no_new_privs and _same(state, now):
         return
@@ -163,7 +213,8 @@ def _names(bits: int) -> str:
 
 
 def check_creds_restore(tid: int, state: CredState, here: Status | None = None) -> list[Obstacle]:
-    """Say why this agent could not give a thread the credentials in ``state``; nothing is touched."""
+    """Say why this agent could not give a thread the credentials in ``state``; nothing is touched.
+    """
     here = here or own_status()
     found: list[Obstacle] = []
     now = creds_of(here, state.securebits)

@@ -1,12 +1,13 @@
 """Resource limits, read and set from inside the process.
 
-prlimit(2) on a process of another uid needs CAP_SYS_RESOURCE, which even root may lack; inside the process reading is
-always allowed and so is lowering. Raising a hard limit is not: what the destination's agent has itself is the
-most a restored process can get. Source: getrlimit(2).
+prlimit(2) on a process of another uid needs CAP_SYS_RESOURCE, which even root may lack; inside the
+process reading is always allowed and so is lowering. Raising a hard limit is not: what the
+destination's agent has itself is the most a restored process can get. Source: getrlimit(2).
 """
 
 from __future__ import annotations
 
+import os
 import resource
 import struct
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from agent.kernel.syscalls import NR_prlimit64
 from agent.procfs.limits import RESOURCE_NAMES, read_limits
+from agent.state.creds import own_capabilities
 from agent.types import Obstacle
 from protocol.state.limits import NR_LIMITS, RLIM_INFINITY, LimitsState, ResourceLimit
 
@@ -23,8 +25,8 @@ if TYPE_CHECKING:
 _RLIMIT64: Final = struct.Struct("=QQ")
 _NAMES: Final = {number: name for name, number in RESOURCE_NAMES.items()}
 
-# What stands in the way of building a process when the agent's own soft limit is low: descriptors with high numbers,
-# large mappings and heaps, queued signals.
+# What stands in the way of building a process when the agent's own soft limit is low: descriptors
+# with high numbers, large mappings and heaps, queued signals.
 _RAISED_EARLY: Final = (
     resource.RLIMIT_AS,
     resource.RLIMIT_DATA,
@@ -56,7 +58,9 @@ def plan_limits(batch: Batch) -> Callable[[], LimitsState]:
 
 
 def raise_limits_calls(batch: Batch, pid: int) -> None:
-    """Add calls that lift the soft limits of the new process ``pid`` to its hard ones while it is being built."""
+    """Add calls that lift the soft limits of the new process ``pid`` to its hard ones while it is
+    being built.
+    """
     current = read_limits(pid)
     for number in _RAISED_EARLY:
         limit = current.get(number)
@@ -66,7 +70,9 @@ def raise_limits_calls(batch: Batch, pid: int) -> None:
 
 
 def restore_limits_calls(batch: Batch, state: LimitsState) -> None:
-    """Add the calls that set all limits; when nothing that a limit could forbid is left to be done."""
+    """Add the calls that set all limits; when nothing that a limit could forbid is left to be
+    done.
+    """
     for limit in state.limits:
         new = batch.data(_RLIMIT64.pack(limit.soft, limit.hard))
         name = _NAMES.get(limit.resource, str(limit.resource))
@@ -78,16 +84,15 @@ def _show(value: int) -> str:
 
 
 def check_limits_restore(
-    state: LimitsState, pid: int | str = "self", *, capabilities: int | None = None
+    state: LimitsState, pid: int | None = None, *, capabilities: int | None = None
 ) -> list[Obstacle]:
-    """Say which hard limits a child of process ``pid`` (this agent) could not be given."""
+    """Say which hard limits a child of process ``pid`` (by default this agent) could not be given.
+    """
     if capabilities is None:
-        from agent.state.creds import own_capabilities
-
         capabilities = own_capabilities()
     if capabilities >> CAP_SYS_RESOURCE & 1:
         return []
-    current = read_limits(pid)  # type: ignore[arg-type]  # "self" works as well
+    current = read_limits(pid or os.getpid())
     found = []
     for limit in state.limits:
         here = current.get(limit.resource)

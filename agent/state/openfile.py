@@ -16,12 +16,15 @@ import re
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from agent.procfs.fdinfo import FdInfo
 from agent.state.context import DumpContext, RestoreContext, RestoreOptions
-from agent.target.inject import Batch
 from agent.types import Obstacle
 from protocol.state.files import FileOwner, OpenFile
+
+if TYPE_CHECKING:
+    from agent.target.inject import Batch
 
 _log = logging.getLogger(__name__)
 
@@ -57,16 +60,15 @@ _INO = re.compile(r"\[(\d+)\]$")
 class Description:
     """One open file description of the target, and every number that points at it (lowest first).
 
-    ``link`` is the text of /proc/PID/fd/N, ``text`` that of fdinfo; ``flags`` are without O_CLOEXEC. ``info`` is known
-    for what has a path.
+    ``link`` is the text of /proc/PID/fd/N; ``flags`` are without O_CLOEXEC. ``info`` is known for
+    what has a path.
     """
 
     id: int
     fds: list[int]
     link: str
-    text: str
+    fdinfo: FdInfo
     flags: int
-    pos: int
     info: os.stat_result | None = None
 
     @property
@@ -91,14 +93,6 @@ class Description:
         if match and not self.link.startswith("/"):
             return int(match[1])
         return self.info.st_ino if self.info else 0
-
-    def field(self, name: str, default: str = "") -> str:
-        """Return the value of a line ``name: value`` of fdinfo."""
-        for line in self.text.splitlines():
-            key, colon, value = line.partition(":")
-            if colon and key == name:
-                return value.strip()
-        return default
 
 
 @dataclass(slots=True)

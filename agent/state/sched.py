@@ -1,19 +1,29 @@
 """Scheduling of one thread: dumped and restored by calls made inside the thread itself.
 
-Must never raise a thread above what it had. The mask of CPUs that the source agent sees online counts as "all", and a
-destination gives such a thread all of its own. Times are nanoseconds. Sources: sched_setattr(2), ioprio_set(2).
+Must never raise a thread above what it had. The mask of CPUs that the source agent sees online
+counts as "all", and a destination gives such a thread all of its own. Times are nanoseconds.
+Sources: sched_setattr(2), ioprio_set(2).
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import os
 import struct
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from agent.kernel.libc import syscall
+from agent.kernel import sched
+from agent.kernel.prctl import PR_GET_TIMERSLACK, PR_SET_TIMERSLACK
+from agent.kernel.sched import (
+    IOPRIO_WHO_PROCESS,
+    SCHED_DEADLINE,
+    SCHED_FLAG_DL_OVERRUN,
+    SCHED_FLAG_RECLAIM,
+    SCHED_FLAG_RESET_ON_FORK,
+    SCHED_FLAG_UTIL_CLAMP_MAX,
+    SCHED_FLAG_UTIL_CLAMP_MIN,
+)
 from agent.kernel.syscalls import (
     NR_getpriority,
     NR_ioprio_get,
@@ -31,16 +41,7 @@ from protocol.state.sched import SchedState
 if TYPE_CHECKING:
     from agent.target.inject import Batch
 
-PR_SET_TIMERSLACK: Final = 29
-PR_GET_TIMERSLACK: Final = 30
 PRIO_PROCESS: Final = 0
-IOPRIO_WHO_PROCESS: Final = 1
-SCHED_DEADLINE: Final = 6
-SCHED_FLAG_RESET_ON_FORK: Final = 0x01
-SCHED_FLAG_RECLAIM: Final = 0x02
-SCHED_FLAG_DL_OVERRUN: Final = 0x04
-SCHED_FLAG_UTIL_CLAMP_MIN: Final = 0x20
-SCHED_FLAG_UTIL_CLAMP_MAX: Final = 0x40
 SCHED_CAPACITY_SCALE: Final = 1024
 _KEPT_FLAGS: Final = SCHED_FLAG_RESET_ON_FORK | SCHED_FLAG_RECLAIM | SCHED_FLAG_DL_OVERRUN
 
@@ -85,12 +86,11 @@ def affinity_bytes() -> int:
 
 @functools.cache
 def _default_slice_ns() -> int:
-    # Since Linux kernel commit 857b158dc5e8 ("sched/eevdf: Use sched_attr::sched_runtime to set request/slice
-    # suggestion") (in v6.12), an ordinary thread reports its slice as sched_runtime. Setting the default
-    # explicitly would turn it into a custom one.
-    buffer = ctypes.create_string_buffer(_SCHED_ATTR.size)
-    syscall(NR_sched_getattr, 0, ctypes.addressof(buffer), _SCHED_ATTR.size, 0)
-    return int(_SCHED_ATTR.unpack(buffer.raw)[5])
+    # Since Linux kernel commit 857b158dc5e8 ("sched/eevdf: Use sched_attr::sched_runtime to set
+    # request/slice suggestion") (in v6.12), an ordinary thread reports its slice as sched_runtime.
+    # Setting the default explicitly would turn it into a custom one.
+    attr = sched.getattr(0)
+    return 0 if attr.sched_policy == SCHED_DEADLINE else int(attr.sched_runtime)
 
 
 def plan_sched(batch: Batch) -> Callable[[], SchedState]:
@@ -132,7 +132,8 @@ def plan_sched(batch: Batch) -> Callable[[], SchedState]:
 def restore_sched_calls(batch: Batch, state: SchedState) -> None:
     """Add the calls that give the thread that runs ``batch`` the scheduling in ``state``.
 
-    Needs CAP_SYS_NICE for a better nice value or a real-time policy, so it comes before the credentials.
+    Needs CAP_SYS_NICE for a better nice value or a real-time policy, so it comes before the
+    credentials.
     """
     # The CPUs first: a deadline policy is refused to a thread that is bound to some of them.
     if state.affinity_all:

@@ -1,9 +1,10 @@
 """Signal dispositions, queued signals, alternate stacks.
 
-Queued signals are peeked at through ptrace (they stay queued in the source) and queued again from inside the restored
-thread: only a thread itself may send a siginfo with a kernel's si_code. The order on the destination: dispositions
-first, because setting one to "ignore" discards what is queued, then the queues while every signal is blocked. Masks
-have bit n-1 for signal n. Sources: rt_sigaction(2), rt_sigqueueinfo(2), ptrace(2).
+Queued signals are peeked at through ptrace (they stay queued in the source) and queued again from
+inside the restored thread: only a thread itself may send a siginfo with a kernel's si_code. The
+order on the destination: dispositions first, because setting one to "ignore" discards what is
+queued, then the queues while every signal is blocked. Masks have bit n-1 for signal n. Sources:
+rt_sigaction(2), rt_sigqueueinfo(2), ptrace(2).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import struct
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Final
 
+from agent.kernel.siginfo import SIGSET_BYTES, SS_ONSTACK
 from agent.kernel.syscalls import (
     NR_rt_sigaction,
     NR_rt_sigqueueinfo,
@@ -23,11 +25,6 @@ from protocol.state.signals import NR_SIGNALS, AltStack, SignalAction
 
 if TYPE_CHECKING:
     from agent.target.inject import Batch
-
-SIGSET_BYTES: Final = 8
-SS_AUTODISARM: Final = 1 << 31
-SS_DISABLE: Final = 2
-SS_ONSTACK: Final = 1
 
 # struct sigaction of x86 (arch/x86/include/uapi/asm/signal.h): handler, flags, restorer, mask.
 _SIGACTION: Final = struct.Struct("=QQQQ")
@@ -60,7 +57,9 @@ def plan_actions(batch: Batch) -> Callable[[], tuple[SignalAction, ...]]:
 def restore_actions_calls(
     batch: Batch, actions: Iterable[SignalAction], *, inherited: int
 ) -> None:
-    """Add the calls that set all dispositions; ``inherited`` are the signals that the new process ignores as yet."""
+    """Add the calls that set all dispositions; ``inherited`` are the signals that the new process
+    ignores as yet.
+    """
     listed = {action.signal for action in actions}
     default = [number for number in CATCHABLE if inherited >> (number - 1) & 1]
     zeros = batch.data(bytes(_SIGACTION.size))
@@ -85,12 +84,16 @@ def code_of(info: bytes) -> int:
 
 
 def without_stops(infos: Iterable[bytes]) -> tuple[bytes, ...]:
-    """Leave out SIGKILL and SIGSTOP, which cannot be blocked: one would kill, the other stop a half-made process."""
+    """Leave out SIGKILL and SIGSTOP, which cannot be blocked: one would kill, the other stop a
+    half-made process.
+    """
     return tuple(i for i in infos if signal_of(i) not in (signal.SIGKILL, signal.SIGSTOP))
 
 
 def restore_shared_pending_calls(batch: Batch, pid: int, pending: Iterable[bytes]) -> None:
-    """Queue signals for the whole process; ``batch`` must run in its leader, whose own id is ``pid``."""
+    """Queue signals for the whole process; ``batch`` must run in its leader, whose own id is
+    ``pid``.
+    """
     for info in pending:
         batch.call(
             NR_rt_sigqueueinfo, pid, signal_of(info), batch.data(info), name="rt_sigqueueinfo"

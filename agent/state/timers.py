@@ -1,16 +1,18 @@
 """Interval timers and POSIX timers.
 
-/proc/PID/timers says how each POSIX timer was made, calls inside the target say what remains. Remaining times are as of
-the moment those calls ran in the frozen process. A stopped process's timers go on: one that expires between reading it and
-peeking at the queued signals would be carried twice (a queued signal and an armed timer) or lost. So the timers
-are read first, the queues second, and settle_expired() decides every timer whose time fell in between by what the
+/proc/PID/timers says how each POSIX timer was made, calls inside the target say what remains.
+Remaining times are as of the moment those calls ran in the frozen process. A stopped process's
+timers go on: one that expires between reading it and peeking at the queued signals would be
+carried twice (a queued signal and an armed timer) or lost. So the timers are read first, the
+queues second, and settle_expired() decides every timer whose time fell in between by what the
 queues hold.
 
-On the destination timers keep their ids: ids are handed out by the kernel, which can be told to take the caller's
-(PR_TIMER_CREATE_RESTORE_IDS), or else counts up from 0 in a new process. They are made before the process's limits
-apply, since each timer counts against RLIMIT_SIGPENDING, and armed last. Real-time clocks may be advanced by what
-elapsed since the freeze; CPU clocks stood still. An expired deadline fires at once, never early.
-Times are nanoseconds. Sources: timer_create(2), setitimer(2), proc_pid_timers(5).
+On the destination timers keep their ids: ids are handed out by the kernel, which can be told to
+take the caller's (PR_TIMER_CREATE_RESTORE_IDS), or else counts up from 0 in a new process. They
+are made before the process's limits apply, since each timer counts against RLIMIT_SIGPENDING, and
+armed last. Real-time clocks may be advanced by what elapsed since the freeze; CPU clocks stood
+still. An expired deadline fires at once, never early. Times are nanoseconds. Sources:
+timer_create(2), setitimer(2), proc_pid_timers(5).
 """
 
 from __future__ import annotations
@@ -21,7 +23,14 @@ import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
-from agent.kernel.features import probe_features
+from agent.errors import RestoreError
+from agent.kernel.features import kernel_features
+from agent.kernel.prctl import (
+    PR_TIMER_CREATE_RESTORE_IDS,
+    PR_TIMER_CREATE_RESTORE_IDS_OFF,
+    PR_TIMER_CREATE_RESTORE_IDS_ON,
+)
+from agent.kernel.siginfo import SI_KERNEL, SI_TIMER
 from agent.kernel.syscalls import (
     NR_getitimer,
     NR_prctl,
@@ -32,6 +41,7 @@ from agent.kernel.syscalls import (
     NR_timer_gettime,
     NR_timer_settime,
 )
+from agent.kernel.timers import ITIMER_REAL
 from agent.procfs import timers as proc_timers
 from agent.state.signals import code_of, signal_of
 from agent.types import Obstacle
@@ -48,15 +58,11 @@ from protocol.state.timers import (
 if TYPE_CHECKING:
     from agent.target.inject import Batch
 
-ITIMER_REAL: Final = 0
 ITIMERS: Final = (0, 1, 2)
-PR_TIMER_CREATE_RESTORE_IDS: Final = 77
-PR_TIMER_CREATE_RESTORE_IDS_OFF: Final = 0
-PR_TIMER_CREATE_RESTORE_IDS_ON: Final = 1
-SI_KERNEL: Final = 0x80
-SI_TIMER: Final = -2
 MAX_COUNTED_ID: Final = 2000
-"""Where the kernel cannot be told an id, timers are made and deleted up to it; more would take too long."""
+"""Where the kernel cannot be told an id, timers are made and deleted up to it; more would take too
+long.
+"""
 
 # struct itimerval: interval, value, each seconds and microseconds.
 _ITIMERVAL: Final = struct.Struct("=qqqq")
@@ -75,8 +81,8 @@ def plan_timers(
 ) -> Callable[[], TimersState]:
     """Add the calls that read what remains of all timers of the process that runs ``batch``.
 
-    ``made`` is /proc/PID/timers of the stopped process, ``ns_tid`` turns thread ids as the agent sees them into the
-    process's own; collect it after the run.
+    ``made`` is /proc/PID/timers of the stopped process, ``ns_tid`` turns thread ids as the agent
+    sees them into the process's own; collect it after the run.
     """
     interval_out = batch.buffer(_ITIMERVAL.size * len(ITIMERS))
     for which in ITIMERS:
@@ -127,10 +133,11 @@ def _timer_id_of(info: bytes) -> int:
 
 
 def settle_expired(state: TimersState, pending: Iterable[bytes], window_ns: int) -> TimersState:
-    """Disarm the one-shot timers that went off in the ``window_ns`` between reading them and the queued signals.
+    """Disarm the one-shot timers that went off in the ``window_ns`` between reading them and the
+    queued signals.
 
-    ``pending`` are all queued signals, read after the timers. A timer due in the window without its signal in a queue
-    is left with what remained: it fires on the destination.
+    ``pending`` are all queued signals, read after the timers. A timer due in the window without
+    its signal in a queue is left with what remained: it fires on the destination.
     """
     posix_fired = set()
     alarm_fired = False
@@ -159,13 +166,14 @@ def settle_expired(state: TimersState, pending: Iterable[bytes], window_ns: int)
 
 
 def _is_cpu_clock(clock_id: int) -> bool:
-    # Negative ids are CPU clocks (or device clocks, which are refused); 2 and 3 are the caller's own.
+    # Negative ids are CPU clocks (or device clocks, which are refused); 2 and 3 are the caller's
+    # own.
     return clock_id < 0 or clock_id in (2, 3)
 
 
-def _left_ns(remaining_ns: int, interval_ns: int, elapsed_ns: int) -> int:
-    # A deadline that passed meanwhile fires at once. A periodic one then goes on in its period, but the kernel counts
-    # its overruns only from the expiry it is given.
+def _left_ns(remaining_ns: int, elapsed_ns: int) -> int:
+    # A deadline that passed meanwhile fires at once. A periodic one then goes on in its period,
+    # but the kernel counts its overruns only from the expiry it is given.
     if remaining_ns == 0:
         return 0
     return max(1, remaining_ns - elapsed_ns)
@@ -180,16 +188,16 @@ def _created_with(timer: PosixTimer, pid: int, owner_tid: int) -> int:
 
 
 def create_timers_calls(batch: Batch, timers: Sequence[PosixTimer], pid: int) -> Callable[[], None]:
-    """Add the calls that make all POSIX timers, disarmed, with their ids; ``batch`` runs in the leader.
+    """Add the calls that make all POSIX timers, disarmed, with their ids; ``batch`` runs in the
+    leader.
 
-    All threads must exist. Returns what must be called after the run: it checks that the ids came out right.
+    All threads must exist. Returns what must be called after the run: it checks that the ids came
+    out right.
     :raises RestoreError: by that check.
     """
-    from agent.errors import RestoreError
-
     if not timers:
         return lambda: None
-    told = probe_features().has_timer_restore_ids
+    told = kernel_features().has_timer_restore_ids
     made = {}
     if told:
         _restore_ids(batch, PR_TIMER_CREATE_RESTORE_IDS_ON)
@@ -231,20 +239,22 @@ def _restore_ids(batch: Batch, mode: int) -> None:
 
 
 def arm_timers_calls(batch: Batch, state: TimersState, *, elapsed_ns: int = 0) -> None:
-    """Add the calls that start all timers; ``elapsed_ns`` is how long ago the freeze was, by the process's clocks."""
+    """Add the calls that start all timers; ``elapsed_ns`` is how long ago the freeze was, by the
+    process's clocks.
+    """
     for timer in state.posix_timers:
         if timer.remaining_ns == 0:
             continue
         elapsed = 0 if _is_cpu_clock(timer.clock_id) else elapsed_ns
-        left = _left_ns(timer.remaining_ns, timer.interval_ns, elapsed)
+        left = _left_ns(timer.remaining_ns, elapsed)
         spec = _ITIMERSPEC.pack(*divmod(timer.interval_ns, _SECOND_NS), *divmod(left, _SECOND_NS))
         batch.call(NR_timer_settime, timer.id, 0, batch.data(spec), 0, name="timer_settime")
     for itimer in state.interval_timers:
         elapsed = elapsed_ns if itimer.which == ITIMER_REAL else 0
-        left = _left_ns(itimer.remaining_ns, itimer.interval_ns, elapsed)
+        left = _left_ns(itimer.remaining_ns, elapsed)
         if left == 0 and itimer.which == ITIMER_REAL:
-            # A periodic SIGALRM that waits to be delivered: the kernel starts the next period at the delivery. Only a
-            # timer that is set has a period.
+            # A periodic SIGALRM that waits to be delivered: the kernel starts the next period at
+            # the delivery. Only a timer that is set has a period.
             left = itimer.interval_ns
         # Round up: the kernel would take 1 ns as "never".
         left_us = -(-left // 1000)
@@ -284,7 +294,7 @@ def check_timers(
 
 def check_timers_restore(state: TimersState) -> list[Obstacle]:
     """Say which timer ids this kernel cannot give; nothing is touched."""
-    if probe_features().has_timer_restore_ids:
+    if kernel_features().has_timer_restore_ids:
         return []
     return [
         Obstacle(

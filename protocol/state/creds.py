@@ -1,7 +1,8 @@
 """The credentials of one thread: ids, groups, capabilities, securebits, no_new_privs.
 
-Part of a thread's section: credentials belong to a thread, even if nearly every program keeps them equal. Capability
-sets are bit masks (capabilities(7)). Ids are those that the source agent's user namespace shows.
+Part of a thread's section: credentials belong to a thread, even if nearly every program keeps them
+equal. Capability sets are bit masks (capabilities(7)). Ids are those that the source agent's user
+namespace shows.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ MAX_SECUREBITS = 0xFFF
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CredState:
-    """The credentials of one thread; ``uids`` and ``gids`` are real, effective, saved, file system."""
+    """The credentials of one thread; ``uids`` and ``gids`` are real, effective, saved, file
+    system.
+    """
 
     uids: tuple[int, ...]
     gids: tuple[int, ...]

@@ -1,7 +1,8 @@
-"""What a process has once for all its threads and that is neither memory, files, signals, timers nor limits.
+"""What a process has once for all its threads and that is neither memory, files, signals, timers
+nor limits.
 
-Ids are those that the process itself sees (its own pid namespace). Clock readings are the process's own clocks at the
-freeze, in nanoseconds: its time namespace's offsets are included.
+Ids are those that the process itself sees (its own pid namespace). Clock readings are the
+process's own clocks at the freeze, in nanoseconds: its time namespace's offsets are included.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ MAX_PATH_BYTES = 4096
 class ProcessState:
     """One process.
 
-    ``cwd`` and ``root`` are as the agent's root directory shows them. ``xcomp_permission`` are the dynamically
-    enabled XSAVE features (arch_prctl ARCH_REQ_XCOMP_PERM). ``stop_signal`` is the signal that had stopped the
-    whole process when Ferry came (SIGSTOP, SIGTSTP...), 0 when it ran.
+    ``cwd`` and ``root`` are as the agent's root directory shows them. ``xcomp_permission`` are the
+    dynamically enabled XSAVE features (arch_prctl ARCH_REQ_XCOMP_PERM). ``stop_signal`` is the
+    signal that had stopped the whole process when Ferry came (SIGSTOP, SIGTSTP...), 0 when it ran.
     """
 
     pid: int

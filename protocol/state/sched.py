@@ -1,6 +1,8 @@
-"""How one thread is scheduled: policy, nice value, deadline parameters, CPUs, I/O priority, timer slack.
+"""How one thread is scheduled: policy, nice value, deadline parameters, CPUs, I/O priority, timer
+slack.
 
-Part of a thread's section. Field names are those of sched_attr (sched_setattr(2)); times are nanoseconds.
+Part of a thread's section. Field names are those of sched_attr (sched_setattr(2)); times are
+nanoseconds.
 """
 
 from __future__ import annotations
@@ -15,9 +17,9 @@ MAX_AFFINITY_BYTES = 8192 // 8
 class SchedState:
     """The scheduling of one thread.
 
-    ``runtime_ns`` of an ordinary policy is a custom slice, 0 for the kernel's default. ``affinity`` is a little-endian
-    bit mask; ``affinity_all`` means that the thread could use every CPU of the source, and so may use every
-    one of the destination.
+    ``runtime_ns`` of an ordinary policy is a custom slice, 0 for the kernel's default.
+    ``affinity`` is a little-endian bit mask; ``affinity_all`` means that the thread could use
+    every CPU of the source, and so may use every one of the destination.
     """
 
     policy: int

@@ -1,7 +1,8 @@
 """Signal dispositions and the signals queued for a whole process; the alternate stack of a thread.
 
-A disposition is the kernel's struct sigaction field by field (rt_sigaction(2)), a queued signal the 128 raw bytes of
-its siginfo, in queue order. Addresses are the target's; bit n-1 of a mask is signal n.
+A disposition is the kernel's struct sigaction field by field (rt_sigaction(2)), a queued signal
+the 128 raw bytes of its siginfo, in queue order. Addresses are the target's; bit n-1 of a mask is
+signal n.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def check_pending(pending: tuple[bytes, ...]) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SignalAction:
-    """What a process does on one signal; ``handler`` 0 is SIG_DFL, 1 is SIG_IGN, else an address."""
+    """What a process does on one signal; ``handler`` 0 is SIG_DFL, 1 is SIG_IGN, else an address.
+    """
 
     signal: int
     handler: int
@@ -45,7 +47,9 @@ class SignalAction:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AltStack:
-    """An alternate signal stack (sigaltstack(2)); ``flags`` never has SS_ONSTACK: that follows from rsp."""
+    """An alternate signal stack (sigaltstack(2)); ``flags`` never has SS_ONSTACK: that follows
+    from rsp.
+    """
 
     sp: int
     flags: int

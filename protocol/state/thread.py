@@ -1,7 +1,8 @@
 """One thread: registers, signal state, kernel registrations by address, scheduling, credentials.
 
-``regs`` is the kernel's user_regs_struct, ``xstate`` the standard-format XSAVE image of NT_X86_XSTATE; both x86_64.
-Addresses are the target's. The id is the one that the process itself sees.
+``regs`` is the kernel's user_regs_struct, ``xstate`` the standard-format XSAVE image of
+NT_X86_XSTATE; both x86_64. Addresses are the target's. The id is the one that the process itself
+sees.
 """
 
 from __future__ import annotations
@@ -35,18 +36,10 @@ class RseqState:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class UserDispatchState:
-    """Syscall User Dispatch (PR_SET_SYSCALL_USER_DISPATCH); ``mode`` 0 is off."""
-
-    mode: int
-    selector: int
-    offset: int
-    len: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ThreadState:
-    """One thread. ``pending`` are the siginfo of the signals queued for this thread alone, in order."""
+    """One thread. ``pending`` are the siginfo of the signals queued for this thread alone, in
+    order.
+    """
 
     tid: int
     name: bytes
@@ -59,7 +52,6 @@ class ThreadState:
     robust_list_length: int
     clear_child_tid: int
     rseq: RseqState | None
-    user_dispatch: UserDispatchState | None
     pdeath_signal: int
     mce_kill: int
     tsc_mode: int

@@ -1,7 +1,7 @@
 """Interval timers and POSIX timers of a process.
 
-Every time is what remains as of the freeze, in nanoseconds; 0 remaining is a disarmed timer. ``expired`` timers went off
-while the state was being read and have their signal among the queued ones.
+Every time is what remains as of the freeze, in nanoseconds; 0 remaining is a disarmed timer, or a
+periodic SIGALRM whose signal is queued: its next period starts when that is delivered.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def _check_times(what: str, *times: int) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IntervalTimer:
-    """One of the three timers of setitimer(2); ``which`` is ITIMER_REAL 0, ITIMER_VIRTUAL 1, ITIMER_PROF 2."""
+    """One of the three timers of setitimer(2); ``which`` is ITIMER_REAL 0, ITIMER_VIRTUAL 1,
+    ITIMER_PROF 2.
+    """
 
     which: int
     remaining_ns: int
@@ -45,8 +47,9 @@ class IntervalTimer:
 class PosixTimer:
     """One timer of timer_create(2); ``notify`` is SIGEV_SIGNAL, SIGEV_NONE or SIGEV_THREAD_ID.
 
-    ``thread_id`` is the thread that SIGEV_THREAD_ID names, as the process itself numbers it, else 0. ``clock_id`` is
-    signed: negative ones are CPU clocks of a process or a thread. ``overrun`` is what timer_getoverrun(2) said.
+    ``thread_id`` is the thread that SIGEV_THREAD_ID names, as the process itself numbers it, else
+    0. ``clock_id`` is signed: negative ones are CPU clocks of a process or a thread. ``overrun``
+    is what timer_getoverrun(2) said.
     """
 
     id: int

@@ -160,7 +160,8 @@ def _plan_reads(mode: str, seconds: float) -> Plan:
         left, right = socket.socketpair()
         option = struct.pack("qq", int(seconds), int(seconds % 1 * 1_000_000))
         left.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, option)
-        fd, _peer = os.dup(left.fileno()), os.dup(right.fileno())
+        fd = os.dup(left.fileno())
+        os.dup(right.fileno())  # open for good, or the read would end
         return Plan(lambda: libc.syscall(_SYS_RECVFROM, fd, buffer, 64, 0, None, None), _EAGAIN)
     left, right = socket.socketpair()
     fd, peer = os.dup(left.fileno()), os.dup(right.fileno())

@@ -1,0 +1,127 @@
+"""The check: what of a process cannot be moved, all of it at once, before anything is touched.
+
+Reads procfs and looks at descriptors through a pidfd; the target runs no call of ours and is never stopped.
+``agent-send --check`` prints the result, every migration begins with it.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from types import TracebackType
+
+from agent.errors import SetupError, TargetGone
+from agent.options import SendOptions
+from agent.procfs.maps import MapsEntry, parse_maps, read_maps
+from agent.procfs.smaps import read_vm_flags
+from agent.procfs.status import read_status
+from agent.spaces import FIRST_OBJECT_SPACE
+from agent.state.check_task import check_task
+from agent.state.context import DumpContext
+from agent.state.files import check_files
+from agent.state.mm import check_exe
+from agent.state.vma import LayoutDumper
+from agent.tracker.base import SharedKey
+from agent.tracker.layout import shared_key
+from agent.types import Obstacle, Pid
+
+
+@dataclass(slots=True)
+class Target:
+    """The process to be moved, held by a pidfd: another one can never take its place."""
+
+    pid: Pid
+    pidfd: int
+    ns_pid: int
+    options: SendOptions
+    objects: dict[SharedKey, int] = field(default_factory=dict)
+    ctx: DumpContext = field(init=False)
+    layout: LayoutDumper = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.ctx = DumpContext(
+            pid=self.pid,
+            pidfd=self.pidfd,
+            options=self.options,
+            shared_id=lambda dev, ino, _fd: self.object_id(SharedKey(dev, ino)),
+        )
+        self.layout = LayoutDumper(self.pid, self._mapped_object)
+
+    def object_id(self, key: SharedKey) -> int:
+        """Return the id of a shared memory object; the same one for as long as the migration lasts."""
+        return self.objects.setdefault(key, FIRST_OBJECT_SPACE + len(self.objects))
+
+    def _mapped_object(self, entry: MapsEntry) -> int:
+        return self.object_id(shared_key(entry))
+
+    def vm_flags(self) -> dict[int, frozenset[str]]:
+        """VmFlags of every mapping by its start. Walks the page tables: not for the freeze."""
+        return {entry.start: entry.flags for entry in read_vm_flags(self.pid)}
+
+    def maps(self) -> list[MapsEntry]:
+        """The mappings as they are now."""
+        return parse_maps(read_maps(self.pid))
+
+    def __enter__(self) -> Target:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.ctx.drop_fetched()
+        os.close(self.pidfd)
+
+
+def open_target(pid: Pid, options: SendOptions) -> Target:
+    """Take hold of a process without touching it.
+
+    :raises SetupError: there is no such process, or the agent may not look at it.
+    """
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError as err:
+        raise SetupError(f"Cannot send process {pid}: there is no such process") from err
+    except OSError as err:
+        raise SetupError(f"Cannot send process {pid}: {err.strerror}") from err
+    try:
+        # What ptrace access is needed for, tried once where it does no harm.
+        os.readlink(f"/proc/{pid}/exe")
+        return Target(pid=pid, pidfd=pidfd, ns_pid=read_status(pid).ns_pid[-1], options=options)
+    except PermissionError as err:
+        os.close(pidfd)
+        raise SetupError(
+            f"Cannot send process {pid}: not allowed to look into it",
+            hint="run agent-send as root, or with CAP_SYS_PTRACE and CAP_CHECKPOINT_RESTORE",
+        ) from err
+    except (FileNotFoundError, ProcessLookupError) as err:
+        os.close(pidfd)
+        raise TargetGone(f"Process {pid} is gone") from err
+    except BaseException:
+        os.close(pidfd)
+        raise
+
+
+def find_obstacles(target: Target) -> list[Obstacle]:
+    """Name everything about the target that cannot be moved.
+
+    :raises TargetGone: the target exited meanwhile.
+    """
+    try:
+        found = [
+            *check_task(target.ctx),
+            *check_exe(target.pid),
+            *target.layout.check(target.maps(), target.vm_flags()),
+            *check_files(target.ctx),
+        ]
+    except (ProcessLookupError, FileNotFoundError) as err:
+        raise TargetGone(f"Process {target.pid} exited during the check") from err
+    except PermissionError as err:
+        raise SetupError(
+            f"Cannot examine process {target.pid}: {err}",
+            hint="run agent-send as root, or with CAP_SYS_PTRACE and CAP_CHECKPOINT_RESTORE",
+        ) from err
+    return found
+

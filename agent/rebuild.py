@@ -1,0 +1,343 @@
+"""The copy on the destination, from skeleton to running process.
+
+    start            the skeleton, with the vdso where the target has it and nothing else mapped
+    follow_layout    mappings as the source has them, again and again
+    place            pages as they come
+    finish_memory    dropped pages, advice, locks, brk and what /proc shows
+    finish_task      files, threads, everything else; all threads stand at their final registers
+    release          they run
+
+Every step may fail, and abandon() then leaves no trace. All ptrace requests come from the thread that made
+the object. Order of the last steps: agent/state/process.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+
+from agent.errors import RestoreError, TransferError
+from agent.kernel import syscalls as nr
+from agent.kernel.arch import user_regs_struct
+from agent.kernel.mman import MADV_DONTNEED, MREMAP_FIXED, MREMAP_MAYMOVE
+from agent.kernel.prctl import PR_SET_PDEATHSIG
+from agent.options import RecvOptions
+from agent.pages.digest import digest_process
+from agent.pages.place import PagePlacer
+from agent.preflight import only
+from agent.procfs.maps import parse_maps, read_maps
+from agent.ranges import RangeSet
+from agent.skeleton import CODE_BYTES, FIRST_FREE_FD, Skeleton, create_skeleton
+from agent.spaces import PROCESS_SPACE
+from agent.state.context import RestoreContext
+from agent.state.files import FileRestorer
+from agent.state.mm import open_exe, restore_mm
+from agent.state.shmem import SharedRestorer
+from agent.state.task import TaskRestore, TaskState
+from agent.state.vma import LayoutMirror, find_gap, special_mappings
+from agent.target.inject import Batch, Injector
+from agent.target.restart import rearm_restart_block
+from agent.target.tracer import Tracer
+from agent.types import Pid
+from protocol.messages import Hello
+from protocol.pages import PageBatch, PageEncoding
+from protocol.state.files import FilesState
+from protocol.state.mm import MmState
+from protocol.state.plan import PlanState
+from protocol.state.restart import RestartState
+from protocol.state.shmem import SharedObject
+from protocol.state.vma import BackingFile, LayoutState, VmaKind, VmaState
+
+_log = logging.getLogger(__name__)
+
+WORK_BYTES = 64 << 20
+"""Address space that the restore needs for itself: the skeleton's program, room to move the vdso, scratch."""
+SAME_CLOCK_NS = 100_000_000
+"""Clocks of one boot that are closer than this are the same clock, read at two moments."""
+
+
+class Rebuild:
+    """One process being rebuilt; ``pid`` is as the agent sees it, ``ns_pid`` as the process itself does."""
+
+    def __init__(self, options: RecvOptions, hello: Hello, *, recorded: bool) -> None:
+        self.options = options
+        self.hello = hello
+        self.recorded = recorded
+        self.notes: list[str] = []
+        self.pages_total = 0
+        self.pages_zero = 0
+        self._cleanup = contextlib.ExitStack()
+        self._placer = PagePlacer()
+        self._cleanup.callback(self._placer.close)
+        self._shared = SharedRestorer()
+        self._cleanup.callback(self._shared.close)
+        self._skeleton: Skeleton | None = None
+        self._released = False
+        self._open_files: dict[BackingFile, int] = {}
+
+    @property
+    def skeleton(self) -> Skeleton:
+        """The process; start() has made it."""
+        assert self._skeleton is not None
+        return self._skeleton
+
+    @property
+    def pid(self) -> Pid:
+        """Pid as the agent sees it."""
+        return self.skeleton.pid
+
+    # -- the skeleton ----------------------------------------------------------------------------------
+
+    def start(self, sections: Mapping[str, Sequence[object]]) -> None:
+        """Make the skeleton and give it the source's layout as it was known then.
+
+        :raises RestoreError: the process cannot be made.
+        """
+        plan = only(sections, "plan", PlanState)
+        layout = only(sections, "layout", LayoutState)
+        self.ns_pid = plan.pid
+        self._work = find_gap([layout], WORK_BYTES, above=1 << 32)
+        self._skeleton = create_skeleton(
+            ns_pid=plan.pid,
+            code_address=self._work,
+            agent_pidfd=max(FIRST_FREE_FD, plan.highest_fd + 1),
+            new_pidns=self.options.new_pidns,
+            clock_offsets=self._clock_offsets(plan),
+        )
+        self.tracer = Tracer(self.pid, kill_on_exit=True)
+        self.tracer.stop_all()
+        self.injector = Injector(self.tracer, crash_safe=False, scratch_hint=self._work + (32 << 20))
+        self._mirror = LayoutMirror(self.skeleton.agent_pidfd, self._backing_fd)
+        self._placer.add_process_space(PROCESS_SPACE, self.pid)
+        self._clear_address_space(layout)
+        self.follow_layout(layout)
+
+    def _clock_offsets(self, plan: PlanState) -> tuple[int, int] | None:
+        """What to add to this host's clocks so that the process's own go on."""
+        monotonic = plan.monotonic_ns - time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+        boottime = plan.boottime_ns - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            same_boot = file.read().strip() == self.hello.host.boot_id
+        if same_boot and (self.recorded or max(abs(monotonic), abs(boottime)) < SAME_CLOCK_NS):
+            return None
+        return monotonic, boottime
+
+    def _clear_address_space(self, layout: LayoutState) -> None:
+        """Move the kernel's own mappings where the target has them and unmap the rest of the skeleton."""
+        wanted = special_mappings(layout)
+        here = {e.path: e for e in parse_maps(read_maps(self.pid))}
+        aside = self._work + (16 << 20)
+        batch = Batch()
+        moves: list[tuple[int, int, int]] = []
+        for name, vma in wanted.items():
+            entry = here.get(name)
+            size = vma.end - vma.start
+            if entry is None or entry.end - entry.start != size:
+                raise RestoreError(f"Cannot place {name}: this kernel has another one")
+            flags = MREMAP_MAYMOVE | MREMAP_FIXED
+            batch.call(nr.NR_mremap, entry.start, size, size, flags, aside, name=f"mremap({name})")
+            moves.append((aside, size, vma.start))
+            aside += size
+        for name, entry in here.items():
+            if name in ("[stack]", "[heap]") or name.startswith("/memfd:ferry-skeleton"):
+                batch.call(nr.NR_munmap, entry.start, entry.end - entry.start, name="munmap")
+        for source, size, target in moves:
+            flags = MREMAP_MAYMOVE | MREMAP_FIXED
+            batch.call(nr.NR_mremap, source, size, size, flags, target, name="mremap")
+        self.injector.run(batch)
+
+    # -- memory ----------------------------------------------------------------------------------------
+
+    def follow_layout(self, layout: LayoutState) -> None:
+        """Map what the source has mapped now."""
+        self._move_out_of_the_way(layout)
+        batch = Batch()
+        self._mirror.apply(layout, batch)
+        self.injector.run(batch)
+        anonymous = RangeSet.of(
+            (vma.start, vma.end)
+            for vma in layout.vmas
+            if vma.kind is VmaKind.ANON and not vma.shared
+        )
+        self._placer.set_anonymous(PROCESS_SPACE, anonymous)
+
+    def _move_out_of_the_way(self, layout: LayoutState) -> None:
+        scratch = self.injector.scratch_range
+        if any(vma.start < scratch[1] and scratch[0] < vma.end for vma in layout.vmas):
+            self.injector.move(find_gap([layout, self._mirror.layout], WORK_BYTES, above=1 << 32))
+
+    def _backing_fd(self, vma: VmaState, backing: BackingFile | None) -> int:
+        if vma.kind is VmaKind.OBJECT:
+            return self._shared.fd(vma.object_id)
+        assert backing is not None
+        fd = self._open_files.get(backing)
+        if fd is None:
+            # Shared and writable mappings need a descriptor that may write.
+            writable = vma.shared and "mw" in vma.flags
+            try:
+                fd = os.open(backing.path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+            except OSError as err:
+                raise RestoreError(
+                    f"Cannot map {backing.path} at {vma.start:#x}: {err.strerror}"
+                ) from err
+            self._cleanup.callback(os.close, fd)
+            if not writable:
+                self._open_files[backing] = fd
+        return fd
+
+    def add_object(self, object_id: int, state: SharedObject) -> None:
+        """Make a shared memory object, still empty."""
+        self._shared.create(object_id, state)
+        self._placer.add_file_space(object_id, self._shared.fd(object_id))
+
+    def place(self, batch: PageBatch) -> None:
+        """Land one batch of pages."""
+        self._placer.place(batch)
+        if batch.encoding is not PageEncoding.ABSENT:
+            self.pages_total += batch.nr_pages
+        if batch.encoding is PageEncoding.ZERO:
+            self.pages_zero += batch.nr_pages
+
+    def finish_memory(self, sections: Mapping[str, Sequence[object]]) -> None:
+        """All pages are here: drop what is gone, then what must follow the last page."""
+        mm = only(sections, "mm", MmState)
+        batch = Batch()
+        for start, end in self._placer.take_absent(PROCESS_SPACE):
+            for low, high in self._mapped_part(start, end):
+                batch.call(nr.NR_madvise, low, high - low, MADV_DONTNEED, name="madvise(DONTNEED)")
+        exe_fd = open_exe(mm)
+        try:
+            self._mirror.finish(batch, zip(mm.guards[0::2], mm.guards[1::2], strict=True))
+            restore_mm(batch, mm, agent_pidfd=self.skeleton.agent_pidfd, exe_fd=exe_fd)
+            self.injector.run(batch)
+        finally:
+            os.close(exe_fd)
+        self._shared.finish()
+
+    def _mapped_part(self, start: int, end: int) -> list[tuple[int, int]]:
+        return [
+            (max(start, vma.start), min(end, vma.end))
+            for vma in self._mirror.layout.vmas
+            if vma.start < end and start < vma.end and vma.kind is not VmaKind.SPECIAL
+        ]
+
+    def digest(self) -> str:
+        """Digest of all memory as the source computes it."""
+        scratch = self.injector.scratch_range
+        entries = [
+            entry
+            for entry in parse_maps(read_maps(self.pid))
+            if not (scratch[0] <= entry.start < scratch[1])
+        ]
+        return digest_process(self.pid, entries)
+
+    # -- everything else -------------------------------------------------------------------------------
+
+    def finish_task(self, sections: Mapping[str, Sequence[object]]) -> None:
+        """Restore files, threads and the rest; afterwards every thread stands at its final registers."""
+        states = [state for kind in sections.values() for state in kind]
+        restore = TaskRestore(
+            TaskState.from_sections(states), self.pid, keep_pdeath_signal=self.options.wait
+        )
+        early = Batch()
+        restore.early_calls(early)
+        self.injector.run(early)
+        self._restore_files(only(sections, "files", FilesState))
+        self._restore_threads(restore)
+        restarts = [state for state in states if isinstance(state, RestartState)]
+        self._finish_threads(restore, restarts)
+
+    def _restore_files(self, files: FilesState) -> None:
+        context = RestoreContext(
+            pid=self.pid,
+            injector=self.injector,
+            options=self.options,
+            agent_pidfd=self.skeleton.agent_pidfd,
+            reserved_fds=frozenset({self.skeleton.agent_pidfd}),
+            shared_fd=self._shared.fd,
+        )
+        self._restorer = FileRestorer(context)
+        self._cleanup.callback(self._restorer.close)
+        self._restorer.open_all(files)
+        self._restorer.install(files)
+
+    def _restore_threads(self, restore: TaskRestore) -> None:
+        batch = Batch()
+        restore.process_calls(batch)
+        restore.clone_calls(batch)
+        self.injector.run(batch)
+        host_tids = restore.host_tids()
+        for host_tid in host_tids.values():
+            if host_tid != self.pid:
+                self.tracer.adopt(host_tid)
+        leader = restore.state.process.pid
+        others = {host_tids[t.tid]: Batch() for t in restore.state.threads if t.tid != leader}
+        for thread in restore.state.threads[1:]:
+            restore.thread_calls(others[host_tids[thread.tid]], thread.tid)
+        if others:
+            self.injector.run_parallel(others)
+        self._restorer.start()
+        last = Batch()
+        last.call(nr.NR_prctl, PR_SET_PDEATHSIG, 0, name="prctl(PR_SET_PDEATHSIG)")
+        restore.thread_calls(last, leader, elapsed_ns=self._elapsed_ns(restore))
+        last.call(nr.NR_close, self.skeleton.agent_pidfd, name="close")
+        self.injector.run(last)
+        restore.verify()
+        restore.write_files()
+
+    def _elapsed_ns(self, restore: TaskRestore) -> int:
+        """How long the process has been frozen, on its own clock."""
+        if self.recorded:
+            return 0
+        frozen_at = restore.state.process.clock_monotonic_ns - restore.state.process.monotonic_offset_ns
+        return max(0, time.clock_gettime_ns(time.CLOCK_MONOTONIC) - frozen_at)
+
+    def _finish_threads(self, restore: TaskRestore, restarts: Sequence[RestartState]) -> None:
+        host_tids = restore.host_tids()
+        overrides: dict[int, user_regs_struct] = {}
+        for state in restarts:
+            thread = self.tracer.threads[host_tids[state.tid]]
+            regs = rearm_restart_block(self.tracer, self.injector, thread, state)
+            if regs is not None:
+                overrides[state.tid] = regs
+        self.injector.close()
+        restore.finish_ptrace(overrides)
+
+    # -- the end ---------------------------------------------------------------------------------------
+
+    def hold(self) -> None:
+        """Keep the copy stopped whatever happens to this agent; it no longer dies with it."""
+        self.tracer.hold()
+        self.tracer.spare_on_exit()
+
+    def release(self) -> int:
+        """Let the copy run; returns the CLOCK_MONOTONIC time of the last thread's release in ns."""
+        self.tracer.unhold()
+        self.tracer.detach_all()
+        released_ns = time.monotonic_ns()
+        self._released = True
+        self._cleanup.close()
+        return released_ns
+
+    def abandon(self) -> None:
+        """End the copy for good and let go of everything; it must not have been released."""
+        if self._released:
+            return
+        if self._skeleton is not None:
+            self._skeleton.kill()
+        self._cleanup.close()
+
+    def write_pidfile(self) -> None:
+        """Write the pid where --pidfile says."""
+        if self.options.pidfile:
+            with open(self.options.pidfile, "w", encoding="ascii") as file:
+                file.write(f"{self.pid}\n")
+
+    def wait_exit(self) -> int:
+        """Wait for the restored process to exit and return its exit status, as a shell gives it."""
+        _pid, status = os.waitpid(self.pid, 0)
+        code = os.waitstatus_to_exitcode(status)
+        return code if code >= 0 else 128 - code

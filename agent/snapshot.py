@@ -1,0 +1,95 @@
+"""State of the target as sections: the plan while it runs, everything else once it is frozen.
+
+The frozen part is what the downtime pays for: one injected run asks every thread at once, the rest is
+procfs and a few ptrace requests. Nothing here changes the target.
+"""
+
+from __future__ import annotations
+
+import time
+
+from agent.check import Target
+from agent.link import Link
+from agent.procfs.limits import read_limits
+from agent.procfs.process import list_fds, list_tids, read_comm, read_timens_offsets
+from agent.procfs.status import read_task_status
+from agent.state.files import dump_files
+from agent.state.mm import dump_mm, plan_brk
+from agent.state.task import TaskDump
+from agent.target.inject import Batch, Injector
+from agent.target.memory import TargetMemory
+from agent.target.restart import SleepSample, capture_restart
+from agent.target.tracer import TracedThread
+from agent.tracker.base import DirtySet
+from protocol.state import encode_section
+from protocol.state.limits import NR_LIMITS, RLIM_INFINITY, LimitsState, ResourceLimit
+from protocol.state.plan import PlanState
+
+
+def send_plan(link: Link, target: Target) -> None:
+    """Send what the destination needs for its preflight; the target runs and is not touched."""
+    link.send(encode_section("plan", target.ns_pid, _plan(target)))
+    link.send(encode_section("files", target.ns_pid, dump_files(target.ctx)))
+    link.send(encode_section("mm", target.ns_pid, dump_mm(target.pid, brk=0)))
+    layout = target.layout.dump(target.maps(), target.vm_flags())
+    link.send(encode_section("layout", target.ns_pid, layout))
+
+
+def _plan(target: Target) -> PlanState:
+    pid = target.pid
+    limits = read_limits(pid)
+    unlimited = (RLIM_INFINITY, RLIM_INFINITY)
+    shift = _clock_shift(pid)
+    return PlanState(
+        pid=target.ns_pid,
+        tids=tuple(read_task_status(pid, tid).ns_pid[-1] for tid in list_tids(pid)),
+        name=read_comm(pid, pid).decode("utf-8", "replace"),
+        highest_fd=max(list_fds(pid), default=-1),
+        monotonic_ns=time.clock_gettime_ns(time.CLOCK_MONOTONIC) + shift["monotonic"],
+        boottime_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME) + shift["boottime"],
+        limits=LimitsState(
+            limits=tuple(
+                ResourceLimit(resource=number, soft=soft, hard=hard)
+                for number in range(NR_LIMITS)
+                for soft, hard in [limits.get(number, unlimited)]
+            )
+        ),
+    )
+
+
+def _clock_shift(pid: int) -> dict[str, int]:
+    """How far the target's clocks are ahead of the agent's, in ns, by time namespaces."""
+    theirs, ours = read_timens_offsets(pid), read_timens_offsets(0)
+    return {name: theirs.get(name, 0) - ours.get(name, 0) for name in ("monotonic", "boottime")}
+
+
+def send_frozen_state(
+    link: Link,
+    target: Target,
+    injector: Injector,
+    threads: list[TracedThread],
+    samples: dict[int, SleepSample],
+    dirty: DirtySet,
+    *,
+    stop_signal: int,
+) -> None:
+    """Dump and send everything but memory; every thread is stopped under this thread's ptrace.
+
+    :raises MigrationError: something cannot be dumped; nothing was changed.
+    """
+    memory = TargetMemory(target.pid)
+    dump = TaskDump(target.pid, threads, memory, stop_signal=stop_signal)
+    batches = {thread.tid: Batch() for thread in threads}
+    brk = plan_brk(batches[target.pid])
+    dump.plan(batches)
+    injector.run_parallel(batches)
+    task = dump.state()
+    for kind, owner, state in task.sections():
+        link.send(encode_section(kind, owner, state))
+    for thread, thread_state in zip(threads, task.threads, strict=True):
+        restart = capture_restart(thread, samples.get(thread.tid), memory)
+        if restart is not None:
+            link.send(encode_section("restart", thread_state.tid, restart))
+    link.send(encode_section("files", target.ns_pid, dump_files(target.ctx)))
+    mm = dump_mm(target.pid, brk=brk.value, guards=dirty.guards.pairs)
+    link.send(encode_section("mm", target.ns_pid, mm))

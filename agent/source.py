@@ -1,0 +1,403 @@
+"""The source: send one process to the destination, or write it into an image.
+
+Reads top to bottom as the migration happens: check, connect, handshake, prepare, arm, rounds, freeze,
+final state, commit. Before the commit every failure, here or there, leaves the target running as if nothing
+had happened; after it the original never runs again by itself, and what fails then is only a warning.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import signal
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import replace
+
+from agent import interrupts, net
+from agent.check import Target, find_obstacles, open_target
+from agent.errors import (
+    MigrationError,
+    RefusedError,
+    SetupError,
+    TransferError,
+    UndecidedError,
+)
+from agent.frames import RateLimiter
+from agent.hostfacts import gather_host_facts
+from agent.kernel.features import probe_features
+from agent.link import Link, from_wire, refused_by
+from agent.options import SendOptions
+from agent.pages.digest import digest_process
+from agent.pages.sender import PageSender
+from agent.policy import Action, Decision, PolicyLimits, RoundStats, decide
+from agent.procfs.process import list_children
+from agent.report import CompletedReport, PhaseClock, Reporter, RoundReport, downtime
+from agent.resolve import resolve
+from agent.rounds import RoundSender
+from agent.session_store import SessionStore
+from agent.snapshot import send_frozen_state, send_plan
+from agent.state.shmem import SharedDumper
+from agent.target.inject import Injector
+from agent.target.restart import SleepSample, hide_eintr, sample_sleepers
+from agent.target.tracer import TracedThread, Tracer
+from agent.tracker.base import Tracker
+from agent.tracker.choose import choose_tracker
+from agent.tracker.create import create_uffd
+from agent.tracker.scan import ScanTracker
+from agent.types import Obstacle
+from agent.version import SOFTWARE
+from protocol.errors import ProtocolError
+from protocol.messages import (
+    Accept,
+    Commit,
+    Hello,
+    Prepare,
+    Prepared,
+    Restored,
+    Resumed,
+    Switchover,
+)
+from protocol.session import Role, SessionState
+from protocol.state import load_all
+from protocol.version import OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION, explain_refusal
+
+_log = logging.getLogger(__name__)
+
+FREEZE_ATTEMPTS = 5
+"""How often a target that forks at the wrong moment is let go and frozen again."""
+CHILDREN_WAIT_S = 10.0
+"""How long a target that has just forked a helper (BGSAVE...) may keep it before the migration gives up."""
+
+
+def send(options: SendOptions, reporter: Reporter) -> int:
+    """Carry out one ``agent-send``; return the exit status.
+
+    :raises MigrationError: the migration failed (its exit code says how), the target is unharmed unless it
+        is an UndecidedError.
+    """
+    if options.resolve:
+        return resolve(options, reporter)
+    load_all()
+    with open_target(options.pid, options) as target:
+        obstacles = find_obstacles(target)
+        if options.check:
+            return reporter.checked(options.pid, obstacles)
+        if obstacles:
+            plural = "" if len(obstacles) == 1 else "s"
+            raise RefusedError(
+                f"Process {options.pid} cannot be moved: {len(obstacles)} obstacle{plural}", obstacles
+            )
+        migration = _Migration(options, reporter, target)
+        with interrupts_reported(reporter, migration):
+            migration.run()
+    return 0
+
+
+@contextlib.contextmanager
+def interrupts_reported(reporter: Reporter, migration: _Migration) -> Iterator[None]:
+    """Turn whatever ends a migration early into one ``failed`` event with its phase and session."""
+    try:
+        yield
+    except BaseException as err:
+        reporter.failed(err, phase=migration.phase, session=migration.session)
+        raise
+
+
+class _Migration:
+    """One migration from the source's point of view."""
+
+    def __init__(self, options: SendOptions, reporter: Reporter, target: Target) -> None:
+        assert options.address is not None
+        self.options = options
+        self.address = options.address
+        self.reporter = reporter
+        self.target = target
+        self.session = uuid.uuid4().hex
+        self.phase = "setup"
+        self.clock = PhaseClock()
+        self.reports: list[RoundReport] = []
+        self.notes: list[str] = []
+        self.store = SessionStore(options.state_dir)
+
+    def run(self) -> None:
+        """Go through all phases."""
+        tracker_name = choose_tracker(self.options.tracker, probe_features())
+        with self._phase("connect"):
+            channel = net.connect(
+                self.address,
+                timeout_s=self.options.connect_timeout_s,
+                remote_command=self.options.remote_command,
+                tls=self.options.tls,
+            )
+        channel.timeout_s = self.options.io_timeout_s
+        link = Link(channel, Role.SOURCE)
+        try:
+            self.reporter.connected(str(self.address), self.session)
+            with self._phase("handshake"):
+                self._handshake(link)
+            with self._phase("prepare"):
+                self._prepare(link)
+            with self._armed() as tracker, self._rounds(link) as rounds:
+                self._precopy(link, tracker, rounds)
+                with self.reporter.deferred():
+                    report = self._switch_over(link, tracker, rounds)
+        except BaseException as err:
+            if link.state is not SessionState.UNDECIDED:
+                link.abort(self.phase, str(err) or type(err).__name__, _obstacles_of(err))
+            raise
+        finally:
+            channel.close_gracefully()
+        self.reporter.completed(report)
+
+    @contextlib.contextmanager
+    def _phase(self, name: str, *, frozen: bool = False) -> Iterator[None]:
+        self.phase = name
+        if not frozen:
+            self.reporter.phase(name)
+        with self.clock.phase(name, frozen=frozen):
+            yield
+
+    # -- before anything is touched --------------------------------------------------------------------
+
+    def _handshake(self, link: Link) -> None:
+        facts = gather_host_facts()
+        link.send(
+            Hello(
+                version_min=OLDEST_PROTOCOL_VERSION,
+                version_max=PROTOCOL_VERSION,
+                software=SOFTWARE,
+                session=self.session,
+                host=facts,
+            )
+        )
+        if link.recorded:
+            return
+        accept = link.expect(Accept)
+        obstacles = from_wire(explain_refusal(facts, accept.host))
+        if obstacles:
+            raise RefusedError(f"Cannot move to {accept.host.hostname}: {obstacles[0]}", obstacles)
+        _log.info("Connected to %s (%s)", accept.host.hostname, accept.software)
+
+    def _prepare(self, link: Link) -> None:
+        send_plan(link, self.target)
+        link.send(Prepare())
+        if not link.recorded:
+            prepared = link.expect(Prepared)
+            if prepared.obstacles:
+                raise refused_by(prepared, str(self.address))
+
+    # -- pre-copy: the target runs ---------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _armed(self) -> Iterator[Tracker]:
+        """Watch the target's memory for as long as the body runs."""
+        with self._phase("arm"):
+            with Tracer(self.target.pid) as tracer:
+                thread = tracer.stop_one()
+                with Injector(tracer) as injector:
+                    uffd = create_uffd(injector, self.target.pidfd)
+                tracer.detach_all()
+            tracker = ScanTracker(self.target.pid, uffd)
+            del thread
+        try:
+            tracker.arm()
+            yield tracker
+        finally:
+            tracker.disarm()
+
+    @contextlib.contextmanager
+    def _rounds(self, link: Link) -> Iterator[RoundSender]:
+        limiter = RateLimiter(self.options.bandwidth_limit)
+        sender = PageSender(link, compress=self.options.compress, limiter=limiter)
+        with SharedDumper(self.target) as shared:
+            yield RoundSender(link, self.target, sender, shared, self.reporter.progress)
+
+    def _precopy(self, link: Link, tracker: Tracker, rounds: RoundSender) -> None:
+        limits = PolicyLimits(
+            downtime_limit_s=self.options.downtime_limit_s,
+            max_rounds=self.options.max_rounds,
+            bandwidth_limit=self.options.bandwidth_limit,
+        )
+        self.phase = "rounds"
+        while self.options.max_rounds:
+            number = len(self.reports)
+            start_s = self.clock.elapsed_s
+            dirty = tracker.collect(final=False)
+            report = rounds.send_round(number, dirty)
+            link.check_peer()
+            self.clock.add(f"round {number}", start_s, self.clock.elapsed_s)
+            decision = decide([*map(_stats, self.reports), _stats(report)], limits)
+            self._note_round(report, decision)
+            if decision.action is Action.GIVE_UP:
+                raise TransferError(f"Gave up after round {number}: {decision.reason}")
+            if decision.action is Action.SWITCHOVER:
+                break
+        self._wait_for_children()
+
+    def _note_round(self, report: RoundReport, decision: Decision) -> None:
+        report = replace(
+            report,
+            predicted_downtime_s=decision.predicted_downtime_s,
+            decision=f"{decision.action.value}: {decision.reason}",
+        )
+        self.reports.append(report)
+        self.reporter.round(report)
+        _log.info("Round %d: %s: %s", report.round, decision.action.value, decision.reason)
+
+    def _wait_for_children(self) -> None:
+        deadline = time.monotonic() + CHILDREN_WAIT_S
+        while list_children(self.target.pid):
+            if time.monotonic() > deadline:
+                raise RefusedError(
+                    f"Process {self.target.pid} has started a child process",
+                    find_obstacles(self.target),
+                )
+            time.sleep(0.02)
+
+    # -- switchover: the target is frozen --------------------------------------------------------------
+
+    def _switch_over(self, link: Link, tracker: Tracker, rounds: RoundSender) -> CompletedReport:
+        gc.collect()
+        gc.disable()
+        try:
+            for _attempt in range(FREEZE_ATTEMPTS):
+                with Tracer(self.target.pid) as tracer:
+                    samples = sample_sleepers(self.target.pid)
+                    frozen_ns = time.monotonic_ns()
+                    with self._phase("freeze", frozen=True):
+                        threads = tracer.stop_all()
+                    if list_children(self.target.pid):
+                        # It forked after the last look: let both go on, and wait for the child again.
+                        tracer.detach_all()
+                        self._wait_for_children()
+                        continue
+                    self._send_final(link, tracker, rounds, tracer, threads, samples)
+                    return self._finish(link, tracer, tracker, frozen_ns)
+            raise SetupError(f"Process {self.target.pid} keeps starting child processes")
+        finally:
+            gc.enable()
+
+    def _send_final(
+        self,
+        link: Link,
+        tracker: Tracker,
+        rounds: RoundSender,
+        tracer: Tracer,
+        threads: list[TracedThread],
+        samples: dict[int, SleepSample],
+    ) -> None:
+        for thread in threads:
+            hide_eintr(thread, samples.get(thread.tid))
+        with self._phase("last round", frozen=True):
+            dirty = tracker.collect(final=True)
+            link.send(Switchover())
+            self.reports.append(rounds.send_round(len(self.reports), dirty))
+        with self._phase("final state", frozen=True), Injector(tracer) as injector:
+            send_frozen_state(
+                link, self.target, injector, threads, samples, dirty, stop_signal=tracer.stop_signal
+            )
+        digest = None
+        if self.options.verify:
+            with self._phase("digest", frozen=True):
+                digest = digest_process(self.target.pid, dirty.maps)
+        link.send(link.session.state_end(digest))
+
+    def _finish(
+        self, link: Link, tracer: Tracer, tracker: Tracker, frozen_ns: int
+    ) -> CompletedReport:
+        if link.recorded:
+            return self._finish_image(link, tracer, tracker, frozen_ns)
+        with self._phase("restore", frozen=True):
+            link.expect(Restored)
+        # From here on the target must not run again if this agent dies: the hold outlives it.
+        self.store.record_undecided(self.session, self.target.pid, str(self.address))
+        tracer.hold()
+        with interrupts.shielded(), self._phase("commit", frozen=True):
+            commit_ns = time.monotonic_ns()
+            resumed = self._commit(link, tracer)
+            resumed_ns = time.monotonic_ns()
+            self._kill_original()
+        seconds, basis = downtime(
+            frozen_ns=frozen_ns,
+            commit_sent_ns=commit_ns,
+            resumed_received_ns=resumed_ns,
+            released_ns=resumed.released_monotonic_ns,
+        )
+        self.store.forget_undecided(self.session)
+        return self._report(link, tracker, seconds, basis, pid=resumed.pid)
+
+    def _commit(self, link: Link, tracer: Tracer) -> Resumed:
+        """Cross the point of no return.
+
+        :raises UndecidedError: the answer did not come; both copies stay frozen.
+        """
+        try:
+            link.send(Commit())  # The point of no return.
+            return link.expect(Resumed)
+        except (MigrationError, ProtocolError, OSError) as err:
+            if link.state is SessionState.FAILED:
+                # The destination had given up before our Commit reached it: it will not run the copy.
+                tracer.unhold()
+                self.store.forget_undecided(self.session)
+                raise
+            link.lost()
+            raise UndecidedError(
+                f"The link broke with COMMIT in flight; process {self.target.pid} stays frozen: {err}",
+                hint=f"agent-send --resolve {self.session} {self.address}",
+            ) from err
+
+    def _kill_original(self) -> None:
+        try:
+            signal.pidfd_send_signal(self.target.pidfd, signal.SIGKILL)
+        except ProcessLookupError:
+            _log.warning("Process %d was gone before it could be ended", self.target.pid)
+
+    def _finish_image(
+        self, link: Link, tracer: Tracer, tracker: Tracker, frozen_ns: int
+    ) -> CompletedReport:
+        with interrupts.shielded(), self._phase("complete", frozen=True):
+            link.send(Commit())
+            link.channel.complete()  # The point of no return: the image is durable.
+            if self.options.leave_running:
+                tracer.detach_all()
+            else:
+                self._kill_original()
+        seconds = (time.monotonic_ns() - frozen_ns) / 1e9
+        return self._report(link, tracker, seconds, "image", pid=self.target.ns_pid)
+
+    def _report(
+        self, link: Link, tracker: Tracker, seconds: float, basis: str, *, pid: int
+    ) -> CompletedReport:
+        return CompletedReport(
+            session=self.session,
+            pid=pid,
+            downtime_s=seconds,
+            downtime_basis=basis,
+            total_s=self.clock.elapsed_s,
+            tracker=tracker.name,
+            rounds=self.reports,
+            bytes_total=link.channel.bytes_sent,
+            pages_total=sum(report.pages_sent for report in self.reports),
+            pages_zero=sum(report.pages_zero for report in self.reports),
+            address=str(self.address),
+            verified=True if self.options.verify and not link.recorded else None,
+            timeline=self.clock.spans,
+            notes=self.notes,
+        )
+
+
+def _stats(report: RoundReport) -> RoundStats:
+    return RoundStats(
+        pages_dirty=report.pages_dirty,
+        pages_sent=report.pages_sent,
+        pages_zero=report.pages_zero,
+        bytes_sent=report.bytes_sent,
+        seconds=report.seconds,
+    )
+
+
+def _obstacles_of(error: BaseException) -> tuple[Obstacle, ...]:
+    return error.obstacles if isinstance(error, RefusedError) else ()

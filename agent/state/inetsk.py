@@ -1,0 +1,313 @@
+"""TCP and UDP sockets: listening, bound, connected (UDP) or fresh.
+
+A TCP connection belongs to two hosts. It is refused, or with --tcp-close carried as a connection that the peer has reset: the
+program finds out as it would after a failure of the network, and its clients connect again. Datagrams that wait to be read are
+dropped, as UDP allows. Multicast memberships cannot be listed by any call; only a socket bound to a group is recognised.
+Sources: tcp(7), udp(7), ip(7), include/uapi/linux/tcp.h (struct tcp_info).
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import logging
+import os
+import select
+import socket
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from agent.errors import RestoreError
+from agent.state.openfile import (
+    Description,
+    DumpJob,
+    FileKind,
+    Item,
+    PreflightJob,
+    RestoreJob,
+    set_status_flags,
+)
+from agent.state.sockopts import apply_options, dump_options, has_filter, pack_linger
+from protocol.state.inetsk import InetAddress, InetSocket, InetState
+from protocol.state.sockopts import SocketOptions
+
+_log = logging.getLogger(__name__)
+
+TCP_CLOSE, TCP_LISTEN = 7, 10
+TCP_STATES = (
+    "?", "ESTABLISHED", "SYN_SENT", "SYN_RECV", "FIN_WAIT1", "FIN_WAIT2", "TIME_WAIT", "CLOSE",
+    "CLOSE_WAIT", "LAST_ACK", "LISTEN", "CLOSING",
+)  # fmt: skip
+TCP_ULP = 31
+POLLRDHUP = 0x2000
+
+Sockaddr = tuple[str, int] | tuple[str, int, int, int]
+
+
+@contextmanager
+def opened(fd: int, family: int, kind: int, protocol: int) -> Iterator[socket.socket]:
+    """Lend a socket object for an agent descriptor; the descriptor stays its owner's."""
+    sock = socket.socket(family, kind, protocol, fileno=fd)
+    try:
+        yield sock
+    finally:
+        sock.detach()
+
+
+def _identity(job: DumpJob, desc: Description) -> tuple[int, int, int]:
+    found: tuple[int, int, int] = job.memo[f"socket {desc.fd}"]
+    return found
+
+
+def dump_inet(job: DumpJob, desc: Description) -> InetSocket | None:
+    """Describe a TCP or UDP socket, or refuse it."""
+    family, kind, protocol = _identity(job, desc)
+    with opened(job.fetch(desc), family, kind, protocol) as sock:
+        local = _address(sock.getsockname())
+        remote = _peer(sock)
+        if kind == socket.SOCK_STREAM:
+            return _dump_tcp(job, desc, sock, local, remote)
+        if local is not None and ipaddress.ip_address(local.host).is_multicast:
+            job.refuse(desc, "multicast", f"bound to group {local.host}", "multicast is not carried yet")
+            return None
+        if not _check_filter(job, desc, sock):
+            return None
+        return InetSocket(
+            family=family,
+            type=kind,
+            protocol=protocol,
+            state=InetState.CONNECTED if remote else InetState.OPEN,
+            options=dump_options(sock),
+            local=local,
+            remote=remote,
+            shutdown=_shutdown_bits(sock),
+        )
+
+
+def _dump_tcp(
+    job: DumpJob,
+    desc: Description,
+    sock: socket.socket,
+    local: InetAddress | None,
+    remote: InetAddress | None,
+) -> InetSocket | None:
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 32)
+    state = info[0]
+    if state not in (TCP_LISTEN, TCP_CLOSE) or (state == TCP_CLOSE and _was_connected(sock)):
+        if state != TCP_CLOSE and not job.ctx.options.tcp_close:
+            name = TCP_STATES[state] if state < len(TCP_STATES) else str(state)
+            job.refuse(
+                desc, "tcp connection", f"{_show(local)} -> {_show(remote)} is {name}",
+                "carry it as a connection reset by its peer with --tcp-close,"
+                " or let the clients disconnect first",
+            )  # fmt: skip
+            return None
+        return InetSocket(
+            family=sock.family, type=sock.type, protocol=sock.proto, state=InetState.RESET,
+            options=SocketOptions(),
+        )  # fmt: skip
+    if not _check_filter(job, desc, sock):
+        return None
+    backlog = 0
+    if state == TCP_LISTEN:
+        # In this state tcpi_unacked is the length of the accept queue, tcpi_sacked its limit.
+        waiting, backlog = struct.unpack_from("=II", info, 24)
+        if waiting and not job.ctx.options.tcp_close:
+            job.refuse(
+                desc, "tcp connection", f"{waiting} connections to {_show(local)} wait for accept(2)",
+                "try again, or let them be reset with --tcp-close",
+            )  # fmt: skip
+            return None
+    return InetSocket(
+        family=sock.family,
+        type=sock.type,
+        protocol=sock.proto,
+        state=InetState.LISTENING if state == TCP_LISTEN else InetState.OPEN,
+        options=dump_options(sock),
+        local=local,
+        backlog=backlog,
+    )
+
+
+def _check_filter(job: DumpJob, desc: Description, sock: socket.socket) -> bool:
+    if has_filter(sock):
+        job.refuse(desc, "socket filter", "a packet filter is attached", "it is not carried yet")
+        return False
+    return True
+
+
+def _was_connected(sock: socket.socket) -> bool:
+    # A socket that never connected polls as hung up, but not as closed by its peer.
+    poller = select.poll()
+    poller.register(sock.fileno(), POLLRDHUP)
+    return any(events & POLLRDHUP for _, events in poller.poll(0))
+
+
+def _shutdown_bits(sock: socket.socket) -> int:
+    # udp_poll(): RDHUP for the receiving side, HUP for both.
+    poller = select.poll()
+    poller.register(sock.fileno(), POLLRDHUP)
+    events = dict(poller.poll(0)).get(sock.fileno(), 0)
+    return 3 if events & select.POLLHUP else 1 if events & POLLRDHUP else 0
+
+
+def _peer(sock: socket.socket) -> InetAddress | None:
+    try:
+        return _address(sock.getpeername())
+    except OSError as err:
+        if err.errno in (errno.ENOTCONN, errno.EINVAL):
+            return None
+        raise
+
+
+def _address(address: Sockaddr) -> InetAddress | None:
+    host, _, _ = address[0].partition("%")
+    flowinfo = scope = 0
+    if len(address) == 4:
+        flowinfo, scope = address[2], address[3]
+    if address[1] == 0 and ipaddress.ip_address(host).is_unspecified:
+        return None
+    interface = socket.if_indextoname(scope) if scope else ""
+    return InetAddress(host=host, port=address[1], flowinfo=flowinfo, interface=interface)
+
+
+def _sockaddr(family: int, address: InetAddress) -> Sockaddr:
+    if family == socket.AF_INET:
+        return (address.host, address.port)
+    scope = socket.if_nametoindex(address.interface) if address.interface else 0
+    return (address.host, address.port, address.flowinfo, scope)
+
+
+def _show(address: InetAddress | None) -> str:
+    if address is None:
+        return "*"
+    return f"[{address.host}]:{address.port}" if ":" in address.host else f"{address.host}:{address.port}"
+
+
+def preflight_inet(job: PreflightJob, items: Sequence[Item[InetSocket]]) -> None:
+    """Check that every address can be bound here, by binding all of them for a moment."""
+    bound: list[socket.socket] = []
+    try:
+        for item in items:
+            if item.body.state is InetState.RESET:
+                continue
+            try:
+                bound.append(_bind(item.body))
+            except OSError as err:
+                hint = "stop what uses the port on the destination"
+                if err.errno == errno.EADDRNOTAVAIL:
+                    hint = "give the destination this address first (ip address add)"
+                job.refuse(
+                    item, "port", f"cannot bind {_show(item.body.local)}: {err.strerror}", hint
+                )
+            except RestoreError as err:
+                job.refuse(item, "socket", str(err))
+    finally:
+        for sock in bound:
+            sock.close()
+
+
+def _bind(body: InetSocket) -> socket.socket:
+    sock = socket.socket(body.family, body.type, body.protocol)
+    try:
+        apply_options(sock, body.options, before_bind=True)
+        if body.local is not None:
+            if body.type == socket.SOCK_STREAM:
+                # Old connections in TIME_WAIT must not keep the port from us.
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                sock.bind(_sockaddr(body.family, body.local))
+            except OSError as err:
+                # The address of a connected datagram socket was mostly chosen by routing.
+                if err.errno != errno.EADDRNOTAVAIL or body.state is not InetState.CONNECTED:
+                    raise
+                sock.bind(("" if body.family == socket.AF_INET else "::", body.local.port))
+        return sock
+    except BaseException:
+        sock.close()
+        raise
+
+
+def restore_inet(job: RestoreJob, items: Sequence[Item[InetSocket]]) -> None:
+    """Make every socket.
+
+    :raises RestoreError: when an address or an option cannot be had.
+    """
+    resets = ResetMaker()
+    try:
+        for item in items:
+            body = item.body
+            try:
+                if body.state is InetState.RESET:
+                    sock = resets.make(body.family)
+                else:
+                    sock = _make(body)
+            except OSError as err:
+                raise RestoreError(
+                    f"Cannot restore {item}: {_show(body.local)}: {err.strerror}"
+                ) from err
+            fd = sock.detach()
+            job.put(item, fd)
+            set_status_flags(fd, item.file.flags)
+    finally:
+        resets.close()
+
+
+def _make(body: InetSocket) -> socket.socket:
+    sock = _bind(body)
+    try:
+        if body.type == socket.SOCK_STREAM and body.local is not None:
+            reuse = body.options.ints.get("SO_REUSEADDR", 0)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
+        apply_options(sock, body.options, before_bind=False)
+        if body.state is InetState.LISTENING:
+            sock.listen(body.backlog)
+        elif body.state is InetState.CONNECTED and body.remote is not None:
+            sock.connect(_sockaddr(body.family, body.remote))
+        if body.shutdown:
+            sock.shutdown(socket.SHUT_RDWR if body.shutdown == 3 else socket.SHUT_RD)
+        return sock
+    except BaseException:
+        sock.close()
+        raise
+
+
+class ResetMaker:
+    """Makes TCP sockets whose next read fails with ECONNRESET: a loopback connection, reset by the other end."""
+
+    def __init__(self) -> None:
+        self._listeners: dict[int, socket.socket] = {}
+
+    def make(self, family: int) -> socket.socket:
+        """Return such a socket; without a loopback network a socket that is not connected (ENOTCONN, EPOLLHUP)."""
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            listener = self._listener(family)
+            sock.settimeout(1.0)
+            sock.connect(listener.getsockname())
+            other, _ = listener.accept()
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, pack_linger(on=True, seconds=0))
+            other.close()
+            sock.setblocking(True)
+            return sock
+        except OSError as err:
+            _log.warning("No loopback network for a reset TCP connection: %s", err)
+            sock.close()
+            return socket.socket(family, socket.SOCK_STREAM)
+
+    def _listener(self, family: int) -> socket.socket:
+        if family not in self._listeners:
+            listener = self._listeners[family] = socket.socket(family, socket.SOCK_STREAM)
+            listener.settimeout(1.0)
+            listener.bind(("127.0.0.1" if family == socket.AF_INET else "::1", 0))
+            listener.listen(1)
+        return self._listeners[family]
+
+    def close(self) -> None:
+        """Close what it needed."""
+        for listener in self._listeners.values():
+            listener.close()
+
+
+KIND = FileKind(name="inet", dump=dump_inet, restore=restore_inet, preflight=preflight_inet)

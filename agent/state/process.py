@@ -1,0 +1,248 @@
+"""What a process has once for all its threads, and the order in which everything of a task is
+restored.
+
+The order on the destination (TaskRestore in task.py offers one method per step):
+
+ 1. early: session and process group; soft limits up to the hard ones, else descriptors with high
+    numbers, big mappings or queued signals are refused; transparent huge pages off before memory
+    is populated
+ 2. (memory and files are put in place)
+ 3. process: umask, working and root directory, personality (READ_IMPLIES_EXEC would change every
+    mapping made later), XSAVE permissions (alternate stacks are measured against them), signal
+    dispositions (before any queued signal), and last what forbids new executable memory
+ 4. clone: all other threads; choosing ids needs privileges that step 5 drops
+ 5. each thread (thread.py), the leader last. In the leader additionally, before its credentials
+    are dropped: POSIX timers are made, signals of the process queued (both count against
+    RLIMIT_SIGPENDING), then the final limits: raising one needs a capability. After them:
+    dumpable, which every change of credentials in any thread resets; and the timers are started
+ 6. the agent writes what only /proc offers: oom_score_adj, coredump_filter
+ 7. ptrace: extended registers, signal mask, general registers
+
+Ids are the process's own. Sources: prctl(2), personality(2), setsid(2), proc(5).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import struct
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+from agent.errors import DumpError
+from agent.kernel.arch.x86_64 import ARCH_GET_XCOMP_PERM, ARCH_REQ_XCOMP_PERM
+from agent.kernel.prctl import (
+    PR_GET_CHILD_SUBREAPER,
+    PR_GET_DUMPABLE,
+    PR_GET_MDWE,
+    PR_GET_MEMORY_MERGE,
+    PR_GET_THP_DISABLE,
+    PR_SET_CHILD_SUBREAPER,
+    PR_SET_DUMPABLE,
+    PR_SET_MDWE,
+    PR_SET_MEMORY_MERGE,
+    PR_SET_THP_DISABLE,
+)
+from agent.kernel.syscalls import (
+    NR_arch_prctl,
+    NR_chdir,
+    NR_chroot,
+    NR_clock_gettime,
+    NR_getpgid,
+    NR_getpid,
+    NR_getsid,
+    NR_personality,
+    NR_prctl,
+    NR_setpgid,
+    NR_setsid,
+    NR_umask,
+)
+from agent.kernel.timers import CLOCK_BOOTTIME, CLOCK_MONOTONIC, CLOCK_REALTIME, NS_PER_S
+from agent.procfs.files import read_bytes
+from agent.procfs.process import (
+    read_coredump_filter,
+    read_cwd,
+    read_oom_score_adj,
+    read_root,
+    read_timens_offsets,
+)
+from agent.procfs.stat import read_stat
+from protocol.state.process import ProcessState
+
+if TYPE_CHECKING:
+    from agent.target.inject import Batch
+
+_LOG = logging.getLogger(__name__)
+_PERSONALITY_QUERY: Final = 0xFFFFFFFF
+_CLOCKS: Final = (CLOCK_MONOTONIC, CLOCK_BOOTTIME, CLOCK_REALTIME)
+_UMASK: Final = re.compile(rb"\nUmask:\t([0-7]+)\n")
+_TIMESPEC: Final = struct.Struct("=qq")
+_SUBREAPER_AT: Final = _TIMESPEC.size * len(_CLOCKS)
+_XCOMP_AT: Final = _SUBREAPER_AT + 8
+
+
+def plan_process(
+    batch: Batch, pid: int, *, stop_signal: int
+) -> Callable[[], ProcessState]:
+    """Read what /proc says of the stopped process ``pid`` and add the calls for the rest to its
+    leader's batch.
+    """
+    offsets = _timens_offsets(pid)
+    umask = _umask(pid)
+    cwd, root = read_cwd(pid), read_root(pid)
+    oom_score_adj = read_oom_score_adj(pid)
+    coredump_filter = read_coredump_filter(pid)
+
+    out = batch.buffer(_XCOMP_AT + 8)
+    for index, clock in enumerate(_CLOCKS):
+        at = out.at(_TIMESPEC.size * index)
+        batch.call(NR_clock_gettime, clock, at, name="clock_gettime")
+    own = batch.call(NR_getpid, name="getpid")
+    pgid = batch.call(NR_getpgid, 0, name="getpgid")
+    sid = batch.call(NR_getsid, 0, name="getsid")
+    personality = batch.call(NR_personality, _PERSONALITY_QUERY, name="personality")
+    dumpable = batch.call(NR_prctl, PR_GET_DUMPABLE, name="prctl(PR_GET_DUMPABLE)")
+    thp = batch.call(NR_prctl, PR_GET_THP_DISABLE, name="prctl(PR_GET_THP_DISABLE)")
+    subreaper = out.at(_SUBREAPER_AT)
+    batch.call(NR_prctl, PR_GET_CHILD_SUBREAPER, subreaper, name="prctl(GET_CHILD_SUBREAPER)")
+    mdwe = batch.call(NR_prctl, PR_GET_MDWE, name="prctl(PR_GET_MDWE)", check=False)
+    merge = batch.call(NR_prctl, PR_GET_MEMORY_MERGE, name="prctl(MEMORY_MERGE)", check=False)
+    xcomp_at = out.at(_XCOMP_AT)
+    batch.call(
+        NR_arch_prctl, ARCH_GET_XCOMP_PERM, xcomp_at, name="arch_prctl(XCOMP_PERM)", check=False
+    )
+
+    def collect() -> ProcessState:
+        raw = out.read()
+        clocks = [s * NS_PER_S + ns for s, ns in _TIMESPEC.iter_unpack(raw[:_SUBREAPER_AT])]
+        return ProcessState(
+            pid=own.value,
+            pgid=pgid.value,
+            sid=sid.value,
+            umask=umask,
+            cwd=cwd,
+            root=root,
+            oom_score_adj=oom_score_adj,
+            coredump_filter=coredump_filter,
+            personality=personality.value,
+            dumpable=dumpable.value,
+            thp_disable=thp.value,
+            child_subreaper=any(raw[_SUBREAPER_AT : _SUBREAPER_AT + 4]),
+            memory_deny_write_exec=max(0, mdwe.result),
+            memory_merge=merge.result > 0,
+            xcomp_permission=int.from_bytes(raw[_XCOMP_AT:], "little"),
+            stop_signal=stop_signal,
+            monotonic_offset_ns=offsets.get("monotonic", 0),
+            boottime_offset_ns=offsets.get("boottime", 0),
+            clock_monotonic_ns=clocks[0],
+            clock_boottime_ns=clocks[1],
+            clock_realtime_ns=clocks[2],
+        )
+
+    return collect
+
+
+def _umask(pid: int) -> int:
+    match = _UMASK.search(read_bytes(f"/proc/{pid}/status"))
+    if match is None:
+        raise DumpError(f"Cannot dump task {pid}: its status shows no umask")
+    return int(match[1], 8)
+
+
+def _timens_offsets(pid: int) -> dict[str, int]:
+    try:
+        return read_timens_offsets(pid)
+    except FileNotFoundError:
+        return {}  # kernel without time namespaces
+
+
+def session_calls(batch: Batch, state: ProcessState, host_pid: int, *, detach: bool) -> None:
+    """Add the calls that give a new process its session and group, as far as they can exist
+    without their leaders.
+
+    A process of somebody else's session gets one of its own if ``detach``: staying in the agent's
+    would tie it to the agent's terminal and its ^C.
+    """
+    now = read_stat(host_pid)
+    leads_session, leads_group = now.session == host_pid, now.pgrp == host_pid
+    if (state.sid == state.pid or detach) and not leads_session:
+        if leads_group:
+            _LOG.warning("Task %d leads a process group and cannot get its own session", state.pid)
+            return
+        batch.call(NR_setsid, name="setsid")
+    elif state.pgid == state.pid and not leads_group:
+        batch.call(NR_setpgid, 0, 0, name="setpgid")
+    if state.sid != state.pid:
+        _LOG.info(
+            "Task %d was in session %d and group %d, which stay behind",
+            state.pid,
+            state.sid,
+            state.pgid,
+        )
+
+
+def thp_call(batch: Batch, state: ProcessState) -> None:
+    """Add the call that switches transparent huge pages off or on, before memory is populated."""
+    # Since Linux kernel commit 9dc21bbd62ed ("prctl: extend PR_SET_THP_DISABLE to optionally
+    # exclude VM_HUGEPAGE") (in v6.18), bit 1 of the answer is a flag given as the third argument.
+    disable, flags = state.thp_disable & 1, state.thp_disable & ~1
+    batch.call(NR_prctl, PR_SET_THP_DISABLE, disable, flags, name="prctl(PR_SET_THP_DISABLE)")
+
+
+def restore_process_calls(batch: Batch, state: ProcessState) -> None:
+    """Add the calls of step 3 of the module's order, but the signal dispositions, to the leader's
+    batch.
+    """
+    batch.call(NR_umask, state.umask, name="umask")
+    cwd = batch.data(os.fsencode(state.cwd) + b"\0")
+    batch.call(NR_chdir, cwd, name=f"chdir({state.cwd})")
+    if state.root != "/":
+        root = batch.data(os.fsencode(state.root) + b"\0")
+        batch.call(NR_chroot, root, name=f"chroot({state.root})")
+    batch.call(NR_personality, state.personality, name="personality")
+    if state.child_subreaper:
+        batch.call(NR_prctl, PR_SET_CHILD_SUBREAPER, 1, name="prctl(PR_SET_CHILD_SUBREAPER)")
+    for feature in range(state.xcomp_permission.bit_length()):
+        # Only the features above the classic ones are asked for by name; AMX tile data is 18.
+        if feature >= 18 and state.xcomp_permission >> feature & 1:
+            batch.call(NR_arch_prctl, ARCH_REQ_XCOMP_PERM, feature, name="arch_prctl(REQ_XCOMP)")
+    if state.memory_merge:
+        # Merely a hint to merge equal pages; it needs CAP_SYS_RESOURCE.
+        batch.call(NR_prctl, PR_SET_MEMORY_MERGE, 1, name="prctl(MEMORY_MERGE)", check=False)
+    if state.memory_deny_write_exec:
+        batch.call(NR_prctl, PR_SET_MDWE, state.memory_deny_write_exec, name="prctl(PR_SET_MDWE)")
+
+
+def dumpable_call(batch: Batch, state: ProcessState) -> None:
+    """Add the call that sets the dumpable flag, after the last change of credentials in any
+    thread.
+    """
+    # 2 (readable by root only) comes from the kernel alone; 0 is the stricter of what can be set.
+    batch.call(NR_prctl, PR_SET_DUMPABLE, int(state.dumpable == 1), name="prctl(PR_SET_DUMPABLE)")
+
+
+def write_process_files(state: ProcessState, host_pid: int) -> None:
+    """Write oom_score_adj and coredump_filter, which only /proc can set; a refusal is a warning."""
+    for name, value, now in (
+        ("oom_score_adj", str(state.oom_score_adj), read_oom_score_adj(host_pid)),
+        ("coredump_filter", hex(state.coredump_filter), read_coredump_filter(host_pid)),
+    ):
+        if int(value, 0) == now:
+            continue
+        try:
+            with open(f"/proc/{host_pid}/{name}", "w", encoding="ascii") as file:
+                file.write(value)
+        except OSError as err:
+            _LOG.warning("Cannot set %s of task %d to %s: %s", name, host_pid, value, err.strerror)
+
+
+def elapsed_since_freeze_ns(state: ProcessState) -> int:
+    """Return how much later than at the freeze it is, by the real-time clocks of the two hosts;
+    never negative.
+
+    Only as good as both clocks agree: for hosts kept in step, where timers must keep their
+    wall-clock deadlines.
+    """
+    return max(0, time.time_ns() - state.clock_realtime_ns)

@@ -1,0 +1,345 @@
+"""A whole task, dumped and restored: one process with all its threads, without its memory and
+files.
+
+TaskDump adds everything to the batches of a stopped process, so that one injected run reads it
+all; TaskRestore has one method per step of the order that process.py documents. Neither runs a
+batch: the source and the destination do. ``host_tid`` and ``host_pid`` are as the agent sees them;
+ids in states are the process's own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import signal
+import struct
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from agent.errors import RestoreError
+from agent.kernel.clone import (
+    CLONE_FILES,
+    CLONE_FS,
+    CLONE_SIGHAND,
+    CLONE_SYSVSEM,
+    CLONE_THREAD,
+    CLONE_VM,
+    clone_args,
+)
+from agent.kernel.prctl import PR_GET_TID_ADDRESS
+from agent.kernel.syscalls import NR_clone3, NR_prctl, NR_set_tid_address
+from agent.procfs.process import list_tids
+from agent.procfs.status import Status, read_status, read_task_status
+from agent.procfs.timers import PosixTimer, read_timers
+from agent.state.creds import check_creds_restore, creds_of, own_securebits, own_status
+from agent.state.limits import (
+    check_limits_restore,
+    plan_limits,
+    raise_limits_calls,
+    restore_limits_calls,
+)
+from agent.state.process import (
+    dumpable_call,
+    plan_process,
+    restore_process_calls,
+    session_calls,
+    thp_call,
+    write_process_files,
+)
+from agent.state.sched import check_sched_restore
+from agent.state.signals import (
+    plan_actions,
+    restore_actions_calls,
+    restore_shared_pending_calls,
+)
+from agent.state.thread import (
+    ThreadDump,
+    peek_private_pending,
+    peek_shared_pending,
+    plan_thread,
+    restore_thread_calls,
+    restore_thread_ptrace,
+)
+from agent.state.timers import (
+    arm_timers_calls,
+    check_timers_restore,
+    create_timers_calls,
+    plan_timers,
+    settle_expired,
+)
+from agent.types import Obstacle, Tid
+from protocol.state.limits import LimitsState
+from protocol.state.process import ProcessState
+from protocol.state.signals import SignalsState
+from protocol.state.thread import ThreadState
+from protocol.state.timers import TimersState
+
+if TYPE_CHECKING:
+    from agent.kernel.arch import user_regs_struct
+    from agent.state.context import DumpContext
+    from agent.target.inject import Batch
+    from agent.target.tracer import Tracer
+
+_LOG = logging.getLogger(__name__)
+_THREAD_FLAGS = CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_SIGHAND | CLONE_THREAD | CLONE_SYSVSEM
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskState:
+    """Everything of one task; ``threads`` has the leader first."""
+
+    process: ProcessState
+    limits: LimitsState
+    signals: SignalsState
+    timers: TimersState
+    threads: tuple[ThreadState, ...]
+
+    def __post_init__(self) -> None:
+        if not self.threads or self.threads[0].tid != self.process.pid:
+            raise ValueError(f"the leader of task {self.process.pid} is missing")
+        tids = [thread.tid for thread in self.threads]
+        if len(set(tids)) != len(tids):
+            raise ValueError(f"task {self.process.pid} has two threads of one id")
+
+    @property
+    def leader(self) -> ThreadState:
+        """The first thread, whose id is the process's."""
+        return self.threads[0]
+
+    def sections(self) -> list[tuple[str, int, object]]:
+        """Return kind, owner id and schema object of each section, in the order to send."""
+        pid = self.process.pid
+        shared: list[tuple[str, int, object]] = [
+            ("process", pid, self.process),
+            ("limits", pid, self.limits),
+            ("signals", pid, self.signals),
+            ("timers", pid, self.timers),
+        ]
+        return shared + [("thread", thread.tid, thread) for thread in self.threads]
+
+    @classmethod
+    def from_sections(cls, objects: Iterable[object]) -> TaskState:
+        """Put received schema objects together; objects of other kinds are passed over.
+
+        :raises RestoreError: something is missing, double or inconsistent.
+        """
+        found: dict[type[Any], list[Any]] = {}
+        for obj in objects:
+            found.setdefault(type(obj), []).append(obj)
+
+        def one(kind: type[Any]) -> Any:
+            if len(matching := found.get(kind, [])) != 1:
+                raise RestoreError(f"Received {len(matching)} states of {kind.__name__}, not one")
+            return matching[0]
+
+        process = one(ProcessState)
+        threads = found.get(ThreadState, [])
+        try:
+            return cls(
+                process=process,
+                limits=one(LimitsState),
+                signals=one(SignalsState),
+                timers=one(TimersState),
+                threads=tuple(sorted(threads, key=lambda thread: thread.tid != process.pid)),
+            )
+        except ValueError as err:
+            raise RestoreError(f"Received task state makes no sense: {err}") from err
+
+
+class TaskDump:
+    """The dump of one process whose threads ``tracer`` has all stopped: plan(), run the batches,
+    then state().
+    """
+
+    def __init__(self, ctx: DumpContext, tracer: Tracer) -> None:
+        pid = self._pid = ctx.pid
+        self._threads = sorted(tracer.threads.values(), key=lambda t: (t.tid != pid, t.tid))
+        self._memory = tracer.memory
+        # Which of the stopping signals it was makes no difference any more: SIGCONT ends each.
+        stopped = any(thread.in_group_stop for thread in self._threads)
+        self._stop_signal = int(signal.SIGSTOP) if stopped else 0
+        self._planned_ns = 0
+        self._thread_parts: list[Callable[[], ThreadDump]] = []
+        self._state: TaskState | None = None
+
+    def plan(self, batches: Mapping[int, Batch]) -> None:
+        """Read what ptrace and /proc know, and add calls to the batch of every thread, by host
+        tid.
+        """
+        self._planned_ns = time.monotonic_ns()
+        leader = batches[self._pid]
+        # Timers first: settle_expired() counts on the queues being read after them.
+        self._made_timers: list[PosixTimer] = read_timers(self._pid)
+        self._host_tids = {thread.tid: 0 for thread in self._threads}
+        self._timers = plan_timers(leader, self._made_timers, self._host_tids)
+        self._process = plan_process(leader, self._pid, stop_signal=self._stop_signal)
+        self._limits = plan_limits(leader)
+        self._actions = plan_actions(leader)
+        self._thread_parts = [
+            plan_thread(batches[thread.tid], self._pid, thread, self._memory)
+            for thread in self._threads
+        ]
+
+    def state(self) -> TaskState:
+        """Return everything, after the batches have run; the threads must still be stopped."""
+        if self._state is None:
+            self._state = self._collect()
+        return self._state
+
+    def process_state(self) -> ProcessState:
+        """Return the process's part of state()."""
+        return self.state().process
+
+    def thread_states(self) -> list[ThreadState]:
+        """Return the threads' part of state(), the leader first."""
+        return list(self.state().threads)
+
+    def _collect(self) -> TaskState:
+        parts = [collect() for collect in self._thread_parts]
+        self._host_tids.update({part.host_tid: part.tid for part in parts})
+        shared: tuple[bytes, ...] = ()
+        if any(part.has_pending for part in parts):
+            shared = peek_shared_pending(self._pid)
+        private = {
+            part.host_tid: peek_private_pending(thread, queued=part.has_pending)
+            for part, thread in zip(parts, self._threads, strict=True)
+        }
+        everything = [info for queue in (shared, *private.values()) for info in queue]
+        window_ns = time.monotonic_ns() - self._planned_ns
+        return TaskState(
+            process=self._process(),
+            limits=self._limits(),
+            signals=SignalsState(actions=self._actions(), pending=shared),
+            timers=settle_expired(self._timers(), everything, window_ns),
+            threads=tuple(part.finish(private.get(part.host_tid, ())) for part in parts),
+        )
+
+
+def check_task_restore(state: TaskState) -> list[Obstacle]:
+    """Say what of ``state`` this host and this agent cannot restore, all at once; nothing is
+    touched.
+    """
+    here = own_status()
+    found = check_limits_restore(state.limits, capabilities=here.cap_eff)
+    found += check_timers_restore(state.timers)
+    seen: set[Any] = set()
+    for thread in state.threads:
+        if thread.creds not in seen:  # one report for all threads with equal credentials
+            seen.add(thread.creds)
+            found += check_creds_restore(thread.tid, thread.creds, here)
+        found += check_sched_restore(thread.tid, thread.sched)
+    return found
+
+
+class TaskRestore:
+    """The restore of one task into the new process ``host_pid``, step by step as process.py says.
+
+    ``detach``: a process from somebody else's session gets its own. ``keep_pdeath_signal``: the
+    agent stays its parent. ``elapsed_ns`` given to the leader's calls moves real-time timers on by
+    the time since the freeze.
+    """
+
+    def __init__(
+        self, state: TaskState, host_pid: int, *, detach: bool = True, keep_pdeath_signal: bool = False
+    ) -> None:
+        self.state = state
+        self.host_pid = host_pid
+        self._detach = detach
+        self._keep_pdeath_signal = keep_pdeath_signal
+        self._status: Status = read_status(host_pid)
+        self._now = creds_of(self._status, own_securebits())
+        self._verify: Callable[[], None] | None = None
+
+    def early_calls(self, batch: Batch) -> None:
+        """Step 1, in the leader: session, raised soft limits, huge pages."""
+        session_calls(batch, self.state.process, self.host_pid, detach=self._detach)
+        raise_limits_calls(batch, self.host_pid)
+        thp_call(batch, self.state.process)
+
+    def process_calls(self, batch: Batch) -> None:
+        """Step 3, in the leader, once memory and files are in place."""
+        actions = self.state.signals.actions
+        restore_actions_calls(batch, actions, inherited=self._status.sig_ign)
+        restore_process_calls(batch, self.state.process)
+
+    def clone_calls(self, batch: Batch) -> None:
+        """Step 4, in the leader: every other thread; each is traced and stops before it runs
+        anything.
+        """
+        for thread in self.state.threads[1:]:
+            set_tid = batch.data(struct.pack("=iI", thread.tid, 0))
+            args = batch.data(bytes(clone_args(flags=_THREAD_FLAGS, set_tid_size=1)))
+            # The structure must hold the address of another blob, known only when the batch runs.
+            # The kernel writes it there: an address set as clear_child_tid is one that prctl puts
+            # wherever it is told. The leader's real one comes with its thread_calls().
+            batch.call(NR_set_tid_address, set_tid, name="set_tid_address")
+            at = args.at(clone_args.set_tid.offset)
+            batch.call(NR_prctl, PR_GET_TID_ADDRESS, at, name="prctl(PR_GET_TID_ADDRESS)")
+            name = f"clone3({thread.tid})"
+            batch.call(NR_clone3, args, ctypes.sizeof(clone_args), name=name)
+
+    def thread_calls(self, batch: Batch, tid: int, *, elapsed_ns: int = 0) -> None:
+        """Step 5, in the thread that has the id ``tid`` in its process; the leader comes last."""
+        thread = next(thread for thread in self.state.threads if thread.tid == tid)
+        pid = self.state.process.pid
+        leads = tid == pid
+        if leads:
+            self._verify = create_timers_calls(batch, self.state.timers.posix_timers, pid)
+            restore_shared_pending_calls(batch, pid, self.state.signals.pending)
+            restore_limits_calls(batch, self.state.limits)
+        restore_thread_calls(
+            batch, thread, pid, self._now, keep_pdeath_signal=self._keep_pdeath_signal
+        )
+        if thread.pdeath_signal and not self._keep_pdeath_signal:
+            _LOG.warning(
+                "Thread %d loses its parent death signal %d: its parent stays behind",
+                tid,
+                thread.pdeath_signal,
+            )
+        if leads:
+            dumpable_call(batch, self.state.process)
+            arm_timers_calls(batch, self.state.timers, elapsed_ns=elapsed_ns)
+
+    def verify(self) -> None:
+        """Check, after the leader's calls have run, what no result of a call says.
+
+        :raises RestoreError: a timer has another id than it must have.
+        """
+        if self._verify is not None:
+            self._verify()
+
+    def write_files(self) -> None:
+        """Step 6, by the agent."""
+        write_process_files(self.state.process, self.host_pid)
+
+    def host_tids(self) -> dict[int, Tid]:
+        """Return the host tid of every thread by its own id, after clone_calls() have run.
+
+        :raises RestoreError: a thread is missing, or there is one too many.
+        """
+        found: dict[int, Tid] = {}
+        for host_tid in list_tids(self.host_pid):
+            if len(self._status.ns_pid) == 1:
+                found[host_tid] = host_tid
+            else:
+                found[read_task_status(self.host_pid, host_tid).ns_pid[-1]] = host_tid
+        wanted = {thread.tid for thread in self.state.threads}
+        if found.keys() != wanted:
+            raise RestoreError(
+                f"Task {self.host_pid} has threads {sorted(found)} instead of {sorted(wanted)}"
+            )
+        return found
+
+    def finish_ptrace(
+        self, tracer: Tracer, regs: Mapping[int, user_regs_struct] | None = None
+    ) -> None:
+        """Step 7: every thread gets its registers and stays stopped.
+
+        ``regs`` are registers, by own thread id, to use instead of those in the state.
+        """
+        host_tids = self.host_tids()
+        for thread in self.state.threads:
+            override = regs.get(thread.tid) if regs else None
+            restore_thread_ptrace(tracer.threads[host_tids[thread.tid]], thread, override)

@@ -1,0 +1,251 @@
+"""One thread: dumped by one batch of calls inside it and a few ptrace requests, restored the same
+way.
+
+What the thread itself can tell costs a fraction of a microsecond as a record of a batch; a ptrace
+request costs twenty. So ptrace is used only for what nothing else knows: the extended registers,
+the rseq registration, queued signals if any.
+
+Order on the destination, inside each thread: everything that needs privileges, kernel
+registrations by address, queued signals (all signals are blocked meanwhile), credentials, what a
+change of credentials would reset (the parent death signal). Then by ptrace, with the thread
+stopped for good: extended registers, signal mask, general registers last. Addresses are the
+target's; thread ids are the process's own unless called ``host_tid``. Sources: ptrace(2),
+set_robust_list(2), set_tid_address(2), prctl(2).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from agent.errors import DumpError, RestoreError
+from agent.kernel import ptrace
+from agent.kernel.arch.x86_64 import (
+    ARCH_GET_CPUID,
+    ARCH_SET_CPUID,
+    NT_X86_XSTATE,
+    USER_CS,
+    user_regs_struct,
+)
+from agent.kernel.futex import ROBUST_LIST_HEAD_BYTES
+from agent.kernel.prctl import (
+    PR_GET_IO_FLUSHER,
+    PR_GET_NAME,
+    PR_GET_PDEATHSIG,
+    PR_GET_TID_ADDRESS,
+    PR_GET_TSC,
+    PR_MCE_KILL,
+    PR_MCE_KILL_GET,
+    PR_MCE_KILL_SET,
+    PR_SET_IO_FLUSHER,
+    PR_SET_NAME,
+    PR_SET_PDEATHSIG,
+    PR_SET_TSC,
+)
+from agent.kernel.siginfo import SIGSET_BYTES
+from agent.kernel.syscalls import (
+    NR_arch_prctl,
+    NR_get_robust_list,
+    NR_gettid,
+    NR_prctl,
+    NR_rt_sigpending,
+    NR_set_robust_list,
+    NR_set_tid_address,
+)
+from agent.kernel.xstate import LEGACY_AND_HEADER_BYTES, components_in_use, layout_of
+from agent.state.creds import plan_creds, restore_creds_calls
+from agent.state.rseq import read_rseq, restore_rseq_call, settle_rseq
+from agent.state.sched import plan_sched, restore_sched_calls
+from agent.state.signals import (
+    plan_altstack,
+    restore_altstack_call,
+    restore_private_pending_calls,
+    without_stops,
+)
+from protocol.state.thread import ThreadState
+
+if TYPE_CHECKING:
+    from agent.target.inject import Batch
+    from agent.target.memory import TargetMemory
+    from agent.target.tracer import TracedThread
+    from protocol.state.creds import CredState
+
+_XCR0_OFFSET: Final = 464
+_NAME_BYTES: Final = 16
+_PR_TSC_ENABLE: Final = 1
+# Offsets of what the calls of a thread write, in one buffer.
+_OUT: Final = struct.Struct("=QQQQii16s")
+_HEAD, _LENGTH, _TID_ADDRESS, _PENDING, _PDEATH, _TSC, _NAME = 0, 8, 16, 24, 32, 36, 40
+
+
+@dataclass(frozen=True, slots=True)
+class ThreadDump:
+    """A thread whose calls have run: what they said, and what ptrace has to add."""
+
+    host_tid: int
+    tid: int
+    has_pending: bool
+    """Whether a signal is queued for this thread or for the whole process."""
+    finish: Callable[[tuple[bytes, ...]], ThreadState]
+    """Makes the state, given the thread's own queued signals."""
+
+
+def plan_thread(
+    batch: Batch, pid: int, thread: TracedThread, memory: TargetMemory
+) -> Callable[[], ThreadDump]:
+    """Read by ptrace what only ptrace knows, and add the calls for the rest to the thread's
+    ``batch``.
+
+    The thread's registers are corrected first if it is inside an rseq critical section.
+
+    :raises DumpError: the thread runs 32-bit code, or handles its own system calls.
+    """
+    tid = thread.tid
+    if thread.regs.cs != USER_CS:
+        raise DumpError(f"Cannot dump thread {tid}: it runs in a mode with cs {thread.regs.cs:#x}")
+    if ptrace.has_user_dispatch(tid):
+        # Not only would it be lost: it turns calls that Ferry injects into signals.
+        raise DumpError(
+            f"Cannot dump thread {tid}: it uses Syscall User Dispatch",
+            hint="programs run by Wine do; they cannot be moved",
+        )
+    rseq = read_rseq(tid)
+    settle_rseq(memory, thread, rseq)
+    xstate = ptrace.getregset(tid, NT_X86_XSTATE)
+
+    out = batch.buffer(_OUT.size)
+    own = batch.call(NR_gettid, name="gettid")
+    batch.call(NR_rt_sigpending, out.at(_PENDING), SIGSET_BYTES, name="rt_sigpending")
+    batch.call(NR_get_robust_list, 0, out.at(_HEAD), out.at(_LENGTH), name="get_robust_list")
+    batch.call(NR_prctl, PR_GET_TID_ADDRESS, out.at(_TID_ADDRESS), name="prctl(GET_TID_ADDRESS)")
+    batch.call(NR_prctl, PR_GET_PDEATHSIG, out.at(_PDEATH), name="prctl(PR_GET_PDEATHSIG)")
+    batch.call(NR_prctl, PR_GET_TSC, out.at(_TSC), name="prctl(PR_GET_TSC)")
+    batch.call(NR_prctl, PR_GET_NAME, out.at(_NAME), name="prctl(PR_GET_NAME)")
+    mce_kill = batch.call(NR_prctl, PR_MCE_KILL_GET, name="prctl(PR_MCE_KILL_GET)")
+    cpuid = batch.call(NR_arch_prctl, ARCH_GET_CPUID, 0, name="arch_prctl", check=False)
+    # Asking needs CAP_SYS_RESOURCE; who lacks it cannot have set it either.
+    flusher = batch.call(NR_prctl, PR_GET_IO_FLUSHER, name="prctl(IO_FLUSHER)", check=False)
+    altstack = plan_altstack(batch)
+    sched = plan_sched(batch)
+    creds = plan_creds(batch, pid, tid)
+
+    def collect() -> ThreadDump:
+        head, length, tid_address, pending, pdeath, tsc, name = _OUT.unpack(out.read())
+
+        def finish(private: tuple[bytes, ...]) -> ThreadState:
+            return ThreadState(
+                tid=own.value,
+                name=name.partition(b"\0")[0],
+                regs=bytes(thread.regs),
+                xstate=xstate,
+                sigmask=thread.sigmask,
+                altstack=altstack(),
+                pending=private,
+                robust_list_head=head,
+                robust_list_length=length,
+                clear_child_tid=tid_address,
+                rseq=rseq,
+                pdeath_signal=pdeath,
+                mce_kill=mce_kill.value,
+                tsc_mode=tsc,
+                cpuid_enabled=cpuid.result != 0,
+                io_flusher=flusher.result == 1,
+                sched=sched(),
+                creds=creds(),
+            )
+
+        return ThreadDump(tid, own.value, pending != 0, finish)
+
+    return collect
+
+
+def peek_private_pending(thread: TracedThread, *, queued: bool) -> tuple[bytes, ...]:
+    """Return the siginfo of the signals for a stopped thread alone; nothing is taken from a queue.
+
+    First the one that the stop found already taken from its queue; then, if ``queued``, those in
+    the thread's own.
+    """
+    infos = list(thread.pending_siginfo)
+    if queued:
+        infos += ptrace.peeksiginfo(thread.tid, shared=False)
+    return without_stops(infos)
+
+
+def peek_shared_pending(host_tid: int) -> tuple[bytes, ...]:
+    """Return the siginfo of the signals queued for the whole process of a stopped thread."""
+    return without_stops(ptrace.peeksiginfo(host_tid, shared=True))
+
+
+def restore_thread_calls(
+    batch: Batch, state: ThreadState, pid: int, now: CredState, *, keep_pdeath_signal: bool
+) -> None:
+    """Add the calls that restore ``state`` to the batch of the thread itself, credentials last.
+
+    ``pid`` is the process's own id, ``now`` the credentials that the thread was made with.
+    ``keep_pdeath_signal`` is false for a process whose new parent, the agent, will soon exit.
+    """
+    name = batch.data(state.name.ljust(_NAME_BYTES, b"\0"))
+    batch.call(NR_prctl, PR_SET_NAME, name, name="prctl(PR_SET_NAME)")
+    restore_sched_calls(batch, state.sched)
+    batch.call(
+        NR_prctl, PR_MCE_KILL, PR_MCE_KILL_SET, state.mce_kill, name="prctl(PR_MCE_KILL)"
+    )
+    if state.io_flusher:
+        batch.call(NR_prctl, PR_SET_IO_FLUSHER, 1, name="prctl(PR_SET_IO_FLUSHER)")
+    if state.tsc_mode != _PR_TSC_ENABLE:
+        batch.call(NR_prctl, PR_SET_TSC, state.tsc_mode, name="prctl(PR_SET_TSC)")
+    if not state.cpuid_enabled:
+        batch.call(NR_arch_prctl, ARCH_SET_CPUID, 0, name="arch_prctl(ARCH_SET_CPUID)")
+
+    if state.robust_list_length:
+        batch.call(
+            NR_set_robust_list,
+            state.robust_list_head,
+            ROBUST_LIST_HEAD_BYTES,
+            name="set_robust_list",
+        )
+    batch.call(NR_set_tid_address, state.clear_child_tid, name="set_tid_address")
+    restore_altstack_call(batch, state.altstack)
+    restore_rseq_call(batch, state.rseq)
+
+    restore_private_pending_calls(batch, pid, state.tid, state.pending)
+    restore_creds_calls(batch, state.creds, now)
+    if state.pdeath_signal and keep_pdeath_signal:
+        batch.call(NR_prctl, PR_SET_PDEATHSIG, state.pdeath_signal, name="prctl(PDEATHSIG)")
+
+
+def fit_xstate(xstate: bytes, size: int, mask: int) -> bytes:
+    """Return the extended registers in the ``size`` bytes that a host with the components ``mask``
+    wants.
+
+    The layout up to the shorter length is the same on both: components have fixed places.
+
+    :raises RestoreError: registers in use do not exist there.
+    """
+    if missing := components_in_use(xstate) & ~mask:
+        raise RestoreError(
+            f"Cannot restore extended registers: components {missing:#x} do not exist here",
+            hint="choose a host with the same CPU features",
+        )
+    fitted = bytearray(xstate[:size].ljust(size, b"\0"))
+    # The kernel compares XCR0 in the software area and rejects bits of components it does not know.
+    struct.pack_into("=Q", fitted, _XCR0_OFFSET, mask)
+    return bytes(fitted)
+
+
+def restore_thread_ptrace(
+    thread: TracedThread, state: ThreadState, regs: user_regs_struct | None = None
+) -> None:
+    """Set what only a tracer can set, the general registers last; the thread stays stopped.
+
+    ``regs`` replaces the registers in ``state`` where a restarted system call needs others. No
+    call may be injected into the thread afterwards.
+    """
+    layout = layout_of(ptrace.getregset(thread.tid, NT_X86_XSTATE))
+    if len(state.xstate) < LEGACY_AND_HEADER_BYTES:
+        raise RestoreError(f"Extended registers of thread {state.tid} are cut short")
+    fitted = fit_xstate(state.xstate, layout.size, layout.mask)
+    ptrace.setregset(thread.tid, NT_X86_XSTATE, fitted)
+    thread.set_regs_now(regs or user_regs_struct.from_buffer_copy(state.regs), state.sigmask)

@@ -1,0 +1,203 @@
+"""unix(7) sockets, the source side: who is connected to whom, what is queued, under which name.
+
+Peers come from sock_diag(7); queues are peeked at, never read. A peer in another process is an obstacle, except for a datagram
+socket connected to somebody's path (a system log): that is connected again by name. Descriptors in flight inside a queue are an
+obstacle. Restore is in agent.state.unixrestore.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import select
+import socket
+import stat
+import struct
+import termios
+
+from agent.errors import DumpError
+from agent.state.inetsk import opened
+from agent.state.openfile import Description, DumpJob, FileKind
+from agent.state.sockopts import SO_PEEK_OFF, dump_options, has_filter
+from agent.state.unixdiag import UnixInfo, query
+from agent.state.unixrestore import preflight_unix, restore_unix
+from protocol.state.unixsk import UnixMessage, UnixName, UnixPeer, UnixSocket
+
+MAX_DATAGRAM = 1 << 20
+"""Bytes to read at once; larger than any datagram that a default send buffer takes."""
+CREDENTIALS_SPACE = socket.CMSG_SPACE(12)
+HINT_OUTSIDE = "move or stop the other process too, or carry it with --external fd[N]"
+
+
+def dump_unix(job: DumpJob, desc: Description) -> UnixSocket | None:
+    """Describe a unix socket, or refuse it."""
+    _, kind, _ = job.memo[f"socket {desc.fd}"]
+    table: dict[int, UnixInfo] | None = job.memo.get("unix")
+    if table is None:
+        table = job.memo["unix"] = query(job.ctx.pid)
+    info = table.get(desc.inode)
+    if info is None and desc.inode not in (table := query(job.ctx.pid)):
+        # Made after the first look, or in a namespace that the process has left.
+        job.refuse(desc, "unix socket", f"{desc.link} is not in the process's network namespace")
+        return None
+    info = table[desc.inode]
+    if job.refuse_if_shared(desc, "unix socket"):
+        return None
+    if info.listening and info.pending:
+        job.refuse(
+            desc, "unix socket", f"{info.pending} connections to {_show(info.name)} wait for accept(2)",
+            "try again",
+        )  # fmt: skip
+        return None
+    peer, peer_id, peer_name = UnixPeer.NONE, 0, b""
+    if not info.listening and info.peer is not None:
+        found = _find_peer(job, desc, info, table)
+        if found is None:
+            return None
+        peer, peer_id, peer_name = found
+    name = _dump_name(job, desc, info) if info.name else None
+    if info.name and name is None:
+        return None
+    with opened(job.fetch(desc), socket.AF_UNIX, kind, 0) as sock:
+        if has_filter(sock):
+            job.refuse(desc, "socket filter", "a packet filter is attached", "it is not carried yet")
+            return None
+        queue: list[UnixMessage] | None = []
+        if job.content and not info.listening and _is_readable(sock):
+            queue = peek_queue(sock)
+        if queue is None:
+            job.refuse(
+                desc, "unix socket", "file descriptors are in flight in its queue", "try again"
+            )
+            return None
+        return UnixSocket(
+            type=kind,
+            options=dump_options(sock),
+            name=name,
+            backlog=info.limit if info.listening else -1,
+            peer=peer,
+            peer_id=peer_id,
+            peer_name=peer_name,
+            shutdown=info.shutdown & 3,
+            queue=tuple(queue),
+        )
+
+
+def _show(name: bytes) -> str:
+    return "@" + name[1:].decode(errors="replace") if name[:1] == b"\0" else os.fsdecode(name)
+
+
+def _find_peer(
+    job: DumpJob, desc: Description, info: UnixInfo, table: dict[int, UnixInfo]
+) -> tuple[UnixPeer, int, bytes] | None:
+    if not info.peer:
+        return UnixPeer.GONE, 0, b""
+    inside = job.by_link().get(f"socket:[{info.peer}]")
+    if inside:
+        return UnixPeer.FILE, inside[0].id, b""
+    other = table.get(info.peer)
+    if other is not None and other.type == socket.SOCK_DGRAM and other.name:
+        return UnixPeer.NAMED, 0, other.name
+    name = f" ({_show(other.name)})" if other is not None and other.name else ""
+    job.refuse(desc, "unix socket", f"connected to another process{name}", HINT_OUTSIDE)
+    return None
+
+
+def _dump_name(job: DumpJob, desc: Description, info: UnixInfo) -> UnixName | None:
+    if info.name[:1] == b"\0":
+        return UnixName(name=info.name)
+    path = os.fsdecode(info.name)
+    pid = job.ctx.pid
+    directory = ""
+    base = f"/proc/{pid}/root"
+    if not path.startswith("/"):
+        # Bound relative to a directory that is not recorded anywhere: the present one may be the one.
+        directory = os.readlink(f"/proc/{pid}/cwd")
+        base = f"/proc/{pid}/cwd/"
+    try:
+        node = os.lstat(base + path)
+    except OSError:
+        node = None
+    if node is not None and info.node is not None and _is_node(node, info.node):
+        return UnixName(
+            name=info.name,
+            directory=directory,
+            mode=stat.S_IMODE(node.st_mode),
+            uid=node.st_uid,
+            gid=node.st_gid,
+        )
+    if node is not None or directory:
+        job.refuse(
+            desc, "unix socket", f"its path {path} now leads elsewhere",
+            "bind unix sockets by absolute paths",
+        )  # fmt: skip
+        return None
+    return UnixName(name=info.name, unlinked=True)
+
+
+def _is_node(found: os.stat_result, node: tuple[int, int]) -> bool:
+    # The device is not compared: overlayfs and btrfs show another one to stat(2) than the superblock's.
+    return stat.S_ISSOCK(found.st_mode) and found.st_ino & 0xFFFFFFFF == node[1]
+
+
+def _is_readable(sock: socket.socket) -> bool:
+    poller = select.poll()
+    poller.register(sock.fileno(), select.POLLIN)
+    return any(events & select.POLLIN for _, events in poller.poll(0))
+
+
+def peek_queue(sock: socket.socket) -> list[UnixMessage] | None:
+    """Return what waits in the queue of a socket of the target; None when descriptors are among it.
+
+    :raises DumpError: when it cannot be copied whole.
+    """
+    if sock.type == socket.SOCK_STREAM:
+        return _peek_stream(sock)
+    # Datagrams are walked through with a peek offset, which is the socket's: it is put back at once.
+    before = sock.getsockopt(socket.SOL_SOCKET, SO_PEEK_OFF)
+    messages: list[UnixMessage] = []
+    sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)
+    try:
+        while True:
+            try:
+                message = _peek(sock, MAX_DATAGRAM)
+            except BlockingIOError:
+                return messages
+            if message is None:
+                return None
+            if not message.data and sock.type == socket.SOCK_SEQPACKET:
+                return messages  # The end, after the peer is gone.
+            messages.append(message)
+    finally:
+        sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, before)
+
+
+def _peek_stream(sock: socket.socket) -> list[UnixMessage] | None:
+    length = struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.FIONREAD, bytes(4)))[0]
+    if length == 0:
+        return []
+    if sock.getsockopt(socket.SOL_SOCKET, SO_PEEK_OFF) >= 0:
+        raise DumpError("Cannot copy the queue of a unix stream socket that uses SO_PEEK_OFF")
+    message = _peek(sock, length)
+    if message is None:
+        return None
+    if len(message.data) != length:
+        raise DumpError(f"Cannot copy a unix socket: {length} bytes expected, {len(message.data)} found")
+    return [message]
+
+
+def _peek(sock: socket.socket, size: int) -> UnixMessage | None:
+    # There is room for credentials but none for descriptors: those are not duplicated into the agent, and their
+    # presence shows as MSG_CTRUNC.
+    passes = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED)
+    space = CREDENTIALS_SPACE if passes else 0
+    data, _, flags, sender = sock.recvmsg(size, space, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    if flags & socket.MSG_CTRUNC:
+        return None
+    if flags & socket.MSG_TRUNC:
+        raise DumpError(f"Cannot copy a datagram longer than {size} bytes")
+    name = os.fsencode(sender) if isinstance(sender, (str, bytes)) else b""
+    return UnixMessage(data=data, sender=name)
+
+
+KIND = FileKind(name="unix", dump=dump_unix, restore=restore_unix, preflight=preflight_unix)

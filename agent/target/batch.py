@@ -1,0 +1,271 @@
+"""A list of system calls to be made by a thread of the target, and the memory they work on.
+
+Nothing here touches the target: a Batch is laid out for an address (pack()) and reads its results from the bytes that
+come back (unpack()). Arguments of a call are indirect, so the result of one call, or a word of a buffer that it filled,
+can be an argument of a later one in the same batch:
+
+    batch = Batch()
+    path = batch.data(b"/tmp/x\\0")
+    fd = batch.call(NR_openat, AT_FDCWD, path, os.O_RDONLY)
+    batch.call(NR_fstat, fd, batch.buffer(144))
+    batch.call(NR_close, fd)
+    injector.run(batch)
+
+All calls are made, whatever some of them return. Addresses are target addresses.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from array import array
+from typing import Final, NamedTuple, Union
+
+from agent.errors import InjectError
+from agent.kernel.syscalls import syscall_name
+from agent.target.routine_x86_64 import RECORD_BYTES, RECORD_RESULT
+
+_U64: Final = (1 << 64) - 1
+_ALIGNMENT: Final = 16
+_NR_ARGS: Final = 6
+
+
+class BlobAddress(NamedTuple):
+    """The address of a byte inside a blob, as an argument."""
+
+    blob: Blob
+    offset: int
+
+
+class Cell(NamedTuple):
+    """Eight bytes inside a blob whose content, when the call is made, is the argument.
+
+    Four of them will do where the kernel takes an int (one of the descriptors that pipe2() wrote).
+    """
+
+    blob: Blob
+    offset: int
+
+
+class Blob:
+    """Bytes in the scratch mapping; as an argument it stands for its address."""
+
+    def __init__(self, content: bytes, size: int) -> None:
+        self._content = content
+        self.size = size
+        self._address: int | None = None
+        self._after: bytes | None = None
+        self.patches: list[tuple[int, Blob | BlobAddress]] = []
+        """Addresses to be filled in: (offset, what)."""
+
+    @property
+    def address(self) -> int:
+        """Its target address; known only while and after it runs."""
+        if self._address is None:
+            raise ValueError("The batch has not run")
+        return self._address
+
+    def at(self, offset: int) -> BlobAddress:
+        """Its address plus `offset`, as an argument."""
+        return BlobAddress(self, offset)
+
+    def cell(self, offset: int = 0) -> Cell:
+        """Its content at `offset` when the call is made, as an argument."""
+        return Cell(self, offset)
+
+    def read(self) -> bytes:
+        """Return its content after the run."""
+        if self._after is None:
+            raise ValueError("The batch has not run")
+        return self._after
+
+    def patch_address(self, offset: int, target: Blob | BlobAddress) -> None:
+        """Have the address of another blob written at `offset` of this one (iovec, msghdr, sock_fprog...)."""
+        self.patches.append((offset, target))
+
+
+Argument = Union[int, Blob, BlobAddress, Cell, "Call"]
+
+
+class Call:
+    """One system call; as an argument it stands for its result."""
+
+    def __init__(self, nr: int, args: tuple[Argument, ...], name: str, check: bool) -> None:
+        self.nr = nr
+        self.args = args
+        self.name = name or syscall_name(nr)
+        self.check = check
+        self.index = -1
+        self.undo = False
+        self._result: int | None = None
+
+    @property
+    def result(self) -> int:
+        """What the kernel returned; negative is an errno."""
+        if self._result is None:
+            raise ValueError(f"{self.name} has not run")
+        return self._result
+
+    @property
+    def value(self) -> int:
+        """The result when the call succeeded.
+
+        :raises InjectError: it failed.
+        """
+        result = self.result
+        if -4096 < result < 0:
+            raise InjectError(
+                f"Cannot {self.name} in the target: {os.strerror(-result)}", errno=-result
+            )
+        return result
+
+
+class Batch:
+    """System calls in order, with their memory. Runs once."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self._undo: list[Call] = []
+        self._blobs: list[Blob] = []
+
+    def __len__(self) -> int:
+        return len(self.calls)
+
+    def data(self, content: bytes) -> Blob:
+        """Memory that holds `content`."""
+        blob = Blob(bytes(content), len(content))
+        self._blobs.append(blob)
+        return blob
+
+    def buffer(self, size: int) -> Blob:
+        """Zeroed memory of `size` bytes, for the kernel to fill."""
+        blob = Blob(b"", size)
+        self._blobs.append(blob)
+        return blob
+
+    def string(self, text: str | bytes) -> Blob:
+        """Memory that holds a NUL-terminated string."""
+        return self.data(os.fsencode(text) + b"\0")
+
+    def call(self, nr: int, *args: Argument, name: str = "", check: bool = True) -> Call:
+        """Add a call; with `check`, its failure makes run() raise once the whole batch has run."""
+        return self._add(self.calls, nr, args, name, check)
+
+    def undo(self, nr: int, *args: Argument, name: str = "") -> Call:
+        """Add a call that is made only if the agent dies before it goes on from this batch.
+
+        For instance: close a descriptor that the agent was to fetch.
+        """
+        call = self._add(self._undo, nr, args, name, False)
+        call.undo = True
+        return call
+
+    def _add(
+        self, calls: list[Call], nr: int, args: tuple[Argument, ...], name: str, check: bool
+    ) -> Call:
+        if len(args) > _NR_ARGS:
+            raise ValueError(f"A system call takes at most {_NR_ARGS} arguments, not {len(args)}")
+        call = Call(nr, args, name, check)
+        call.index = len(calls)
+        calls.append(call)
+        return call
+
+    # -- layout: records, undo records, cells, blobs ----------------------------------------------------------------
+
+    def pack(self, base: int) -> Packed:
+        """Lay the batch out for target address `base` (16-byte aligned)."""
+        nr_records = len(self.calls) + len(self._undo)
+        cells_at = base + nr_records * RECORD_BYTES
+        cells = array("Q")
+        cell_of: dict[int, int] = {}
+
+        # Blobs come last, but constants may be their addresses: count the cells first.
+        nr_cells_limit = 7 * nr_records
+        blobs_at = _align(cells_at + 8 * nr_cells_limit)
+        end = blobs_at
+        for blob in self._blobs:
+            blob._address = end
+            end = _align(end + max(blob.size, 8))
+
+        def constant(value: int) -> int:
+            value &= _U64
+            address = cell_of.get(value)
+            if address is None:
+                address = cell_of[value] = cells_at + 8 * len(cells)
+                cells.append(value)
+            return address
+
+        def pointer(arg: Argument) -> int:
+            if isinstance(arg, int):
+                return constant(arg)
+            if isinstance(arg, Blob):
+                return constant(arg.address)
+            if isinstance(arg, BlobAddress):
+                return constant(arg.blob.address + arg.offset)
+            if isinstance(arg, Cell):
+                return arg.blob.address + arg.offset
+            return base + self._record_index(arg) * RECORD_BYTES + RECORD_RESULT
+
+        records = array("Q")
+        zero = constant(0)
+        for call in (*self.calls, *self._undo):
+            pointers = [constant(call.nr), *map(pointer, call.args)]
+            records.extend(pointers)
+            records.extend([zero] * (7 - len(pointers)))
+            records.append(0)
+
+        content = bytearray(records.tobytes())
+        content += cells.tobytes()
+        content += bytes(blobs_at - base - len(content))
+        for blob in self._blobs:
+            content += bytes(blob.address - base - len(content))
+            content += blob._content
+            for offset, target in blob.patches:
+                address = (
+                    target.blob.address + target.offset
+                    if isinstance(target, BlobAddress)
+                    else target.address
+                )
+                at = blob.address - base + offset
+                content += bytes(max(at + 8 - len(content), 0))
+                struct.pack_into("<Q", content, at, address)
+        content += bytes(end - base - len(content))
+        undo_at = base + len(self.calls) * RECORD_BYTES
+        return Packed(base, undo_at, base + nr_records * RECORD_BYTES, bytes(content))
+
+    def unpack(self, base: int, content: bytes) -> None:
+        """Take the results from what pack() laid out, as the run left it."""
+        results = memoryview(content)[: len(self.calls) * RECORD_BYTES].cast("q")
+        for index, call in enumerate(self.calls):
+            call._result = results[8 * index + 7]
+        for blob in self._blobs:
+            at = blob.address - base
+            blob._after = content[at : at + blob.size]
+
+    def check(self) -> None:
+        """Raise InjectError for the first checked call that failed."""
+        for call in self.calls:
+            if call.check and -4096 < call.result < 0:
+                call.value  # noqa: B018  # raises
+
+    def _record_index(self, call: Call) -> int:
+        return len(self.calls) + call.index if call.undo else call.index
+
+    def size_bytes(self) -> int:
+        """Bytes that pack() will need, at most."""
+        nr_records = len(self.calls) + len(self._undo)
+        blobs = sum(_align(max(blob.size, 8)) for blob in self._blobs)
+        return nr_records * (RECORD_BYTES + 7 * 8) + blobs + 2 * _ALIGNMENT
+
+
+class Packed(NamedTuple):
+    """A batch laid out: records are [first, undo), undo records [undo, end)."""
+
+    first: int
+    undo: int
+    end: int
+    content: bytes
+
+
+def _align(value: int) -> int:
+    return (value + _ALIGNMENT - 1) & ~(_ALIGNMENT - 1)

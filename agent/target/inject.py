@@ -1,0 +1,576 @@
+"""System calls made inside the target, safe against the agent's death at any instant.
+
+Theory of operation (design.md, section 4; the machine code is in routine_x86_64.py, its place in tail.py). To run a
+batch, a stopped thread is
+
+1. given, in the unused tail of the vdso, the routine and its own registers as constants;
+2. pointed (SETREGS) at code there that ends by restoring those registers and the signal mask; its rsp stays its own;
+3. told to block all signals (SETSIGMASK; this order, because only from 2. on the mask heals by itself);
+4. let go up to the return of its first call, mmap of a scratch mapping, into which the agent writes the batch;
+5. pointed at the routine that makes the calls, reports in the scratch mapping and waits half a second for the agent,
+   who reads the report, stops the thread there, and has the results.
+
+Closing runs munmap in the same way, stops the thread right behind it, restores the mask, then the exact registers
+(again this order) with orig_rax, so that the kernel itself restarts the interrupted system call, then the tail.
+
+At every instant the thread is either untouched, or in code that ends with its registers and mask restored and the
+scratch mapping gone. No single-stepping, no breakpoints: both kill a target whose tracer died. Signals that arrive
+stay in their queues; a signal that had left its queue already is put back first (_requeue_signal). SIGSTOP cannot be
+blocked: it is handed on and the thread runs on as a tracer may let it; the group-stop returns with the detach.
+
+With crash_safe=False (a skeleton that dies with the agent) the routine lives in a scratch mapping that stays for the
+whole restore, nothing is restored, and threads are left parked in it.
+
+A batch must not contain calls that sleep for long, and on the source none with a restart block (nanosleep, poll,
+futex): it would replace the thread's own. Addresses are target addresses.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import struct
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Final
+
+from agent.errors import FreezeError, InjectError, TargetGone
+from agent.kernel import ptrace
+from agent.kernel.arch import SYSCALL_INSTRUCTION, user_regs_struct
+from agent.kernel.syscalls import NR_madvise, NR_mmap, NR_mremap, NR_munmap, syscall_name
+from agent.target import restart
+from agent.target import routine_x86_64 as routine
+from agent.target.batch import Batch, Blob, BlobAddress, Call, Cell, Packed
+from agent.target.tail import ALL_BLOCKED, Tail, find_tail
+from agent.target.tracer import StopKind, TracedThread, Tracer
+from agent.types import PAGE_SIZE
+
+__all__ = ["Batch", "Blob", "BlobAddress", "Call", "Cell", "Injector"]
+
+log = logging.getLogger(__name__)
+
+_U64: Final = (1 << 64) - 1
+_MAP_PRIVATE_ANONYMOUS: Final = 0x02 | 0x20
+_MAP_FIXED_NOREPLACE: Final = 0x100000
+_PROT_RW: Final = 0x1 | 0x2
+_PROT_RWX: Final = _PROT_RW | 0x4
+_MADV_DONTFORK: Final = 10
+_MREMAP_MAYMOVE: Final = 1
+_MREMAP_FIXED: Final = 2
+_MIN_SCRATCH_BYTES: Final = 128 * 1024
+_MIN_PERSISTENT_BYTES: Final = 1024 * 1024
+RUN_TIMEOUT_S: Final = 30.0
+"""How long a batch may take before the thread is given up as stuck."""
+
+
+class Injector:
+    """Runs batches in threads of ``tracer``'s process, which the caller has stopped.
+
+    :param crash_safe: False only for a skeleton whose tracer was made with kill_on_exit.
+    :param scratch_hint: where to put the scratch mapping (crash_safe=False).
+    """
+
+    def __init__(
+        self, tracer: Tracer, *, crash_safe: bool = True, scratch_hint: int | None = None
+    ) -> None:
+        self.tracer = tracer
+        self.crash_safe = crash_safe
+        self._memory = tracer.memory
+        self._hint = scratch_hint or 0
+        self._scratch = 0
+        self._scratch_bytes = 0
+        self._host: TracedThread | None = None  # the thread that is in the routine (crash_safe)
+        self._tail: Tail | None = None
+
+    def __enter__(self) -> Injector:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            self.close()
+        except (TargetGone, OSError, FreezeError):
+            if kind is None:
+                raise
+            log.debug("closing the injector of process %d", self.tracer.pid, exc_info=True)
+
+    @property
+    def scratch_range(self) -> tuple[int, int] | None:
+        """[start, end) of the scratch mapping, or None when there is none now."""
+        return (self._scratch, self._scratch + self._scratch_bytes) if self._scratch else None
+
+    # -- running ----------------------------------------------------------------------------------------------------
+
+    def run(self, batch: Batch, thread: TracedThread | None = None) -> None:
+        """Make the calls of ``batch`` in ``thread`` (the leader), which stays stopped.
+
+        :raises InjectError: a checked call failed (the whole batch has run all the same), or there is no way to run
+            anything. :raises TargetGone: the process died.
+        """
+        thread = thread or self._default_thread()
+        self._run({thread.tid: batch}, [thread])
+        batch.check()
+
+    def run_parallel(self, batches: Mapping[int, Batch]) -> None:
+        """Make the calls of several batches, each in the thread of that tid, at the same time.
+
+        :raises InjectError: as run(), for the first failure in order, when all batches have run.
+        """
+        threads = [self.tracer.threads[tid] for tid in batches]
+        for chunk in self._chunks(threads):
+            self._run(batches, chunk)
+        for batch in batches.values():
+            batch.check()
+
+    def _run(self, batches: Mapping[int, Batch], threads: list[TracedThread]) -> None:
+        sizes = [_control_and_batch_bytes(batches[t.tid]) for t in threads]
+        nr_workers = len(threads) - 1
+        total = sum(sizes) + nr_workers * routine.BLOCK_BYTES + PAGE_SIZE
+        self._enter(threads[0], total)
+        base = self._area_start()
+        controls = []
+        packed: list[Packed] = []
+        for thread, size in zip(threads, sizes):
+            controls.append(base)
+            packed.append(batches[thread.tid].pack(base + routine.CONTROL_BYTES))
+            base += size
+        blocks = [base + i * routine.BLOCK_BYTES for i in range(nr_workers)]
+        self._write_batches(threads, controls, packed, blocks)
+        self._start(threads, controls, packed, blocks)
+        self._finish(threads, controls)
+        for thread, plan in zip(threads, packed):
+            after = self._memory.read(plan.first, len(plan.content))
+            batches[thread.tid].unpack(plan.first, after)
+        if self.crash_safe:
+            for thread in threads[1:]:
+                self._restore_exactly(thread)
+
+    def _write_batches(
+        self,
+        threads: list[TracedThread],
+        controls: list[int],
+        packed: list[Packed],
+        blocks: list[int],
+    ) -> None:
+        nr_waited = len(blocks) if self.crash_safe else 0
+        for index, (control, plan) in enumerate(zip(controls, packed)):
+            head = struct.pack(
+                "<QQQ", 0, 0 if index else nr_waited, blocks[0] if blocks and not index else 0
+            )
+            self._memory.write(
+                control, head.ljust(routine.CONTROL_BYTES, b"\0") + plan.content
+            )
+        if not blocks:
+            return
+        if not self.crash_safe:
+            for block in blocks:
+                self._memory.write(block, self._parking_block())
+            return
+        assert self._tail is not None
+        rips = [restart.healing_regs(thread.regs).rip for thread in threads[1:]]
+        stubs = self._tail.write_stubs(list(dict.fromkeys(rips)))
+        for thread, block, rip in zip(threads[1:], blocks, rips):
+            content = _block(thread, stubs[rip], 0, self._tail.heal)
+            # Until its thread is pointed at the routine a block counts as read to the end.
+            at = routine.BLOCK_R15
+            self._memory.write(block, content[:at] + struct.pack("<Q", block) + content[at + 8 :])
+
+    def _start(
+        self,
+        threads: list[TracedThread],
+        controls: list[int],
+        packed: list[Packed],
+        blocks: list[int],
+    ) -> None:
+        # The leader first, but it stays stopped until all are ready: if the agent dies in between, the leader must
+        # already be bound to wait for the others before it unmaps.
+        addresses = [self._leader_block(), *blocks]
+        for index, (thread, control, plan, block) in enumerate(
+            zip(threads, controls, packed, addresses)
+        ):
+            regs = thread.regs.copy()
+            regs.rip = self._code() + routine.BATCH
+            regs.orig_rax = _U64
+            regs.r15, regs.r12 = block, control
+            regs.rbx, regs.rbp = plan.first, plan.undo
+            regs.r13, regs.r14 = plan.undo, plan.end
+            if self.crash_safe and index:
+                self._prepare_worker(thread, block, regs)
+            else:
+                ptrace.setregs(thread.tid, regs)
+        for thread in threads:
+            self._cont(thread)
+
+    def _prepare_worker(self, thread: TracedThread, block: int, regs: user_regs_struct) -> None:
+        sigmask = thread.sigmask  # noqa: F841  # read before it is changed
+        own_r15 = struct.pack("<Q", restart.healing_regs(thread.regs).r15)
+        self._memory.write(block + routine.BLOCK_R15, own_r15)
+        ptrace.setregs(thread.tid, regs)
+        ptrace.setsigmask(thread.tid, ALL_BLOCKED)
+        self._requeue_signal(thread)
+
+    def _finish(self, threads: list[TracedThread], controls: list[int]) -> None:
+        """Wait until every routine reports, then stop the threads where they wait."""
+        began = time.monotonic()
+        looks = 0
+        for thread, control in zip(threads, controls):
+            while not self._is_done(control):
+                looks += 1
+                if looks % 8 == 0:
+                    self._serve_stops(threads)
+                waited = time.monotonic() - began
+                if waited < 0.002:
+                    os.sched_yield()
+                else:
+                    time.sleep(0.0002)
+                if waited > RUN_TIMEOUT_S:
+                    raise FreezeError(
+                        f"System calls injected into thread {thread.tid} of process {self.tracer.pid} do not end"
+                    )
+        for thread in threads:
+            self._stop_in_routine(thread)
+
+    def _is_done(self, control: int) -> bool:
+        try:
+            return self._memory.read_u64(control + routine.CONTROL_DONE) != 0
+        except OSError as err:
+            raise self._lost_control() from err
+
+    def _serve_stops(self, threads: list[TracedThread]) -> None:
+        for thread in threads:
+            if thread.stopped:
+                continue
+            stop = self.tracer.poll_stop(thread)
+            if stop is None:
+                continue
+            sig = self._signal_to_pass(thread, stop.sig) if stop.kind is StopKind.SIGNAL else 0
+            self._cont(thread, sig)
+
+    def _signal_to_pass(self, thread: TracedThread, sig: int) -> int:
+        """Return what to continue a signal-delivery-stop with, inside the routine.
+
+        Only SIGSTOP (not blockable) can come here, and what our own mistakes cause.
+        """
+        if sig in (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP):
+            regs = ptrace.getregs(thread.tid)
+            info = ptrace.getsiginfo(thread.tid)
+            if struct.unpack_from("<i", info, 8)[0] > 0:  # si_code: from the kernel
+                if self.crash_safe:
+                    self._restore_exactly(thread)
+                raise InjectError(
+                    f"Injected code failed with signal {sig} at {regs.rip:#x} in thread {thread.tid}"
+                )
+        return sig
+
+    def _stop_in_routine(self, thread: TracedThread) -> None:
+        """Interrupt the thread and wait for the stop; hand on a SIGSTOP that comes first."""
+        if thread.stopped:
+            return
+        ptrace.interrupt(thread.tid)
+        self._wait_event_stop(thread)
+        if not self._is_ours(ptrace.getregs(thread.tid).rip):
+            raise self._lost_control()
+
+    def _wait_event_stop(self, thread: TracedThread) -> None:
+        while True:
+            stop = self.tracer.wait_stop(thread)
+            if stop.kind is StopKind.EVENT_STOP:
+                return
+            sig = self._signal_to_pass(thread, stop.sig) if stop.kind is StopKind.SIGNAL else 0
+            ptrace.interrupt(thread.tid)  # the stop that was taken used the last one up
+            self._cont(thread, sig)
+
+    def _lost_control(self) -> InjectError:
+        """The agent was too slow: the thread went its way, as it would have without an agent."""
+        if self._host is not None:
+            host = self._host
+            self._host = None
+            self._scratch = self._scratch_bytes = 0
+            if not host.stopped:
+                ptrace.interrupt(host.tid)
+                self._wait_any(host)
+            host.forget()
+        return InjectError(
+            f"Process {self.tracer.pid} finished the injected system calls before the agent looked at them",
+            hint="the agent got no CPU time for half a second; try again",
+        )
+
+    def _wait_any(self, thread: TracedThread) -> None:
+        stop = self.tracer.wait_stop(thread)
+        thread.pending_stop_signal = stop.sig if stop.kind is StopKind.SIGNAL else 0
+
+    # -- entering and leaving a thread (crash_safe) --------------------------------------------------------------------
+
+    def _enter(self, thread: TracedThread, nr_bytes: int) -> None:
+        if not self.crash_safe:
+            self._ensure_persistent(thread, nr_bytes)
+            return
+        if self._host is not None and (
+            self._host is not thread or nr_bytes > self._scratch_bytes
+        ):
+            self._leave()
+        if self._host is None:
+            self._map_scratch(thread, max(_MIN_SCRATCH_BYTES, _round_up(nr_bytes)))
+
+    def _map_scratch(self, thread: TracedThread, nr_bytes: int) -> None:
+        restart.leave_rseq_section(thread, self._memory)
+        if self._tail is None:
+            self._tail = Tail(self._memory, find_tail(self._memory))
+        tail = self._tail
+        healing = restart.healing_regs(thread.regs)
+        tail.write(_block(thread, tail.exit_stub, nr_bytes, tail.gather), healing.rip)
+        regs = thread.regs.copy()
+        regs.rip, regs.orig_rax, regs.r15 = tail.map, _U64, tail.block
+        regs.rax, regs.rdi, regs.rsi, regs.rdx = NR_mmap, 0, nr_bytes, _PROT_RW
+        regs.r10, regs.r8, regs.r9 = _MAP_PRIVATE_ANONYMOUS, _U64, 0
+        # From here on the thread heals by itself.
+        ptrace.setregs(thread.tid, regs)
+        ptrace.setsigmask(thread.tid, ALL_BLOCKED)
+        self._host = thread
+        self._requeue_signal(thread)
+        result = self._finish_call(thread).result
+        if result < 0:
+            self._restore_exactly(thread)
+            self._host = None
+            raise InjectError(
+                f"Cannot map {nr_bytes} bytes in process {self.tracer.pid}: {os.strerror(-result)}",
+                errno=-result,
+            )
+        self._scratch, self._scratch_bytes = result, nr_bytes
+        # A child that another thread forks meanwhile must not inherit it. (Its failure would do no harm.)
+
+    def _finish_call(self, thread: TracedThread) -> user_regs_struct:
+        """Let the thread make the call it is set up for; return the registers right behind it."""
+        while True:
+            thread.stopped = False
+            ptrace.cont_to_syscall(thread.tid)
+            stop = self.tracer.wait_stop(thread)
+            if stop.kind is StopKind.SYSCALL:
+                break
+            if stop.kind is StopKind.SIGNAL:
+                ptrace.interrupt(thread.tid)
+                self._cont(thread, self._signal_to_pass(thread, stop.sig))
+                self._wait_event_stop(thread)
+        # In the call. An interrupt now takes effect on its way out: mmap, munmap and mremap do not mind it, and it is
+        # an ordinary stop, where the kernel honours orig_rax.
+        ptrace.interrupt(thread.tid)
+        self._cont(thread)
+        self._wait_event_stop(thread)
+        return ptrace.getregs(thread.tid)
+
+    def _requeue_signal(self, thread: TracedThread) -> None:
+        """Put the signal of a signal-delivery-stop back into its queue: the kernel does that when it is blocked."""
+        if not thread.pending_stop_signal:
+            return
+        ptrace.interrupt(thread.tid)
+        sig, thread.pending_stop_signal = thread.pending_stop_signal, 0
+        thread._siginfo = None
+        self._cont(thread, sig)
+        self._wait_event_stop(thread)
+
+    def _leave(self) -> None:
+        """Unmap the scratch mapping and give the host thread back its exact state."""
+        thread, tail = self._host, self._tail
+        if thread is None or tail is None:
+            return
+        regs = thread.regs.copy()
+        regs.rip, regs.orig_rax, regs.r15 = tail.unmap, _U64, tail.block
+        regs.rdi, regs.rsi = self._scratch, self._scratch_bytes
+        ptrace.setregs(thread.tid, regs)
+        self._finish_call(thread)
+        self._scratch = self._scratch_bytes = 0
+        self._restore_exactly(thread)
+        self._host = None
+
+    def _restore_exactly(self, thread: TracedThread) -> None:
+        # The mask first: as long as the registers are ours the thread restores both by itself.
+        ptrace.setsigmask(thread.tid, thread.sigmask)
+        ptrace.setregs(thread.tid, restart.resuming_regs(thread.regs))
+
+    # -- the destination (not crash_safe) --------------------------------------------------------------------------------
+
+    def remote_syscall(self, thread: TracedThread, nr: int, *args: int) -> int:
+        """Make one call in ``thread`` with a ``syscall`` instruction of the target; return its value.
+
+        Only for a skeleton, and for calls that do not sleep. The thread's registers are as before afterwards.
+
+        :raises InjectError: the call failed.
+        """
+        if self.crash_safe:
+            raise ValueError("remote_syscall() is not safe against the agent's death")
+        before = ptrace.getregs(thread.tid)
+        regs = before.copy()
+        regs.rip, regs.orig_rax, regs.rax = self._syscall_instruction(), _U64, nr
+        for name, value in zip(("rdi", "rsi", "rdx", "r10", "r8", "r9"), (*args, *(0,) * 6)):
+            setattr(regs, name, value & _U64)
+        ptrace.setregs(thread.tid, regs)
+        result = self._finish_call(thread).result
+        ptrace.setregs(thread.tid, before)
+        if -4096 < result < 0:
+            raise InjectError(
+                f"Cannot {syscall_name(nr)} in process {self.tracer.pid}: {os.strerror(-result)}",
+                errno=-result,
+            )
+        return result
+
+    def move(self, new_addr: int, thread: TracedThread | None = None) -> None:
+        """Move the scratch mapping to ``new_addr`` (nothing may be mapped there); all threads must be stopped."""
+        if self.crash_safe or not self._scratch:
+            raise ValueError("There is no persistent scratch mapping to move")
+        thread = thread or self._default_thread()
+        nr_bytes = self._scratch_bytes
+        self._relocate(thread, nr_bytes, _MREMAP_MAYMOVE | _MREMAP_FIXED, new_addr)
+
+    def _ensure_persistent(self, thread: TracedThread, nr_bytes: int) -> None:
+        nr_bytes = _round_up(nr_bytes + PAGE_SIZE)
+        if not self._scratch:
+            nr_bytes = max(nr_bytes, _MIN_PERSISTENT_BYTES)
+            flags = _MAP_PRIVATE_ANONYMOUS | (_MAP_FIXED_NOREPLACE if self._hint else 0)
+            self._scratch = self.remote_syscall(
+                thread, NR_mmap, self._hint, nr_bytes, _PROT_RWX, flags, -1, 0
+            )
+            self._scratch_bytes = nr_bytes
+            self._memory.write(self._scratch, routine.ROUTINE)
+            self._memory.write(self._leader_block(), self._parking_block())
+        elif nr_bytes > self._scratch_bytes:
+            self._relocate(thread, 2 * nr_bytes, _MREMAP_MAYMOVE, 0)
+
+    def _relocate(self, thread: TracedThread, nr_bytes: int, flags: int, new_addr: int) -> None:
+        old = self._scratch
+        address = self.remote_syscall(
+            thread, NR_mremap, old, self._scratch_bytes, nr_bytes, flags, new_addr
+        )
+        self._scratch, self._scratch_bytes = address, nr_bytes
+        self._memory.write(self._leader_block(), self._parking_block())
+        # Threads parked in the old place have their rip there; they are pointed elsewhere before they run again.
+
+    def _syscall_instruction(self) -> int:
+        if self._scratch:
+            return self._scratch + routine.ROUTINE.index(SYSCALL_INSTRUCTION)
+        return find_syscall_instruction(self.tracer)
+
+    def _parking_block(self) -> bytes:
+        block = bytearray(routine.BLOCK_BYTES)
+        struct.pack_into("<Q", block, 168, self._scratch + routine.PARK)
+        return bytes(block)
+
+    # -- both ---------------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Remove every trace: the scratch mapping, the code, the threads' registers and signal masks.
+
+        A skeleton keeps its threads as they are. Closing twice is harmless.
+        """
+        if not self.crash_safe:
+            if self._scratch:
+                thread = self._default_thread()
+                nr_bytes, address = self._scratch_bytes, self._scratch
+                self._unmap_persistent(thread, address, nr_bytes)
+            return
+        self._leave()
+        if self._tail is not None:
+            self._tail.restore()
+            self._tail = None
+
+    def _unmap_persistent(self, thread: TracedThread, address: int, nr_bytes: int) -> None:
+        # The instruction goes with the mapping; the thread does not come back to it.
+        self.remote_syscall(thread, NR_munmap, address, nr_bytes)
+        self._scratch = self._scratch_bytes = 0
+
+    def _default_thread(self) -> TracedThread:
+        if self._host is not None:
+            return self._host
+        leader = self.tracer.threads.get(self.tracer.pid)
+        if leader is not None and leader.stopped:
+            return leader
+        for thread in self.tracer.threads.values():
+            if thread.stopped:
+                return thread
+        raise FreezeError(f"No thread of process {self.tracer.pid} is stopped")
+
+    def _cont(self, thread: TracedThread, sig: int = 0) -> None:
+        thread.stopped = False
+        ptrace.cont(thread.tid, sig)
+
+    def _code(self) -> int:
+        if not self.crash_safe:
+            return self._scratch
+        assert self._tail is not None
+        return self._tail.map - routine.MAP
+
+    def _is_ours(self, rip: int) -> bool:
+        code = self._code()
+        return code <= rip < code + len(routine.ROUTINE)
+
+    def _leader_block(self) -> int:
+        if not self.crash_safe:
+            return self._scratch + _align(len(routine.ROUTINE))
+        assert self._tail is not None
+        return self._tail.block
+
+    def _area_start(self) -> int:
+        return self._scratch if self.crash_safe else self._scratch + PAGE_SIZE
+
+    def _chunks(self, threads: list[TracedThread]) -> list[list[TracedThread]]:
+        """Split where the room for return addresses ends."""
+        if not self.crash_safe or not threads:
+            return [threads] if threads else []
+        if self._tail is None:
+            self._tail = Tail(self._memory, find_tail(self._memory))
+        leader = self._default_thread() if self._host is not None else threads[0]
+        chunks: list[list[TracedThread]] = []
+        rips: set[int] = set()
+        if leader in threads:
+            threads = [leader, *(t for t in threads if t is not leader)]
+        for thread in threads:
+            restart.leave_rseq_section(thread, self._memory)
+            rip = restart.healing_regs(thread.regs).rip
+            if not chunks or (rip not in rips and len(rips) == self._tail.nr_stubs):
+                chunks.append([])
+                rips = set()
+            elif chunks[-1]:
+                rips.add(rip)
+            chunks[-1].append(thread)
+        return chunks
+
+
+def _block(thread: TracedThread, stub: int, scratch_bytes: int, leave: int) -> bytes:
+    """Return what a thread needs to find back by itself, as routine_x86_64 reads it."""
+    regs = restart.healing_regs(thread.regs)
+    words = [getattr(regs, name) for name in routine.BLOCK_REGS]
+    words += [stub, thread.sigmask, ALL_BLOCKED, scratch_bytes, leave]
+    return struct.pack("<22Q", *words)
+
+
+def find_syscall_instruction(tracer: Tracer) -> int:
+    """Return the address of a ``syscall`` instruction in the target."""
+    from agent.procfs.maps import parse_maps, read_maps
+
+    for entry in parse_maps(read_maps(tracer.pid)):
+        if "x" not in entry.perms or entry.path == "[vsyscall]":
+            continue
+        try:
+            at = tracer.memory.read(entry.start, entry.end - entry.start).find(SYSCALL_INSTRUCTION)
+        except OSError:
+            continue
+        if at >= 0:
+            return entry.start + at
+    raise InjectError(f"Process {tracer.pid} has no system call instruction")
+
+
+def _control_and_batch_bytes(batch: Batch) -> int:
+    return _align(routine.CONTROL_BYTES + batch.size_bytes())
+
+
+def _round_up(nr_bytes: int) -> int:
+    return (nr_bytes + PAGE_SIZE - 1) & ~(PAGE_SIZE - 1)
+
+
+def _align(value: int) -> int:
+    return (value + 63) & ~63

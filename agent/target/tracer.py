@@ -1,0 +1,513 @@
+"""Stopping and releasing the threads of one process with ptrace.
+
+Theory of operation. Threads are seized (PTRACE_SEIZE), never attached: seizing sends no SIGSTOP, leaves group-stops
+alone, and a tracer that dies lets every thread go on by itself. A thread is then in one of these stops:
+
+- PTRACE_EVENT_STOP, by PTRACE_INTERRUPT: the ordinary case. The kernel takes this stop before it takes any signal from
+  the queues, so what is queued stays queued. A system call that was interrupted shows rax = -ERESTART*; when the
+  thread is let go with untouched registers the kernel restarts it.
+- PTRACE_EVENT_STOP with a stopping signal: the process is in a group-stop (SIGSTOP, ^Z). Letting go restores that.
+- signal-delivery-stop: a signal had been taken from its queue just before the interrupt. It is kept in the thread
+  (``pending_stop_signal``) and handed over when the thread is let go; if the agent dies the kernel delivers it itself.
+
+Must never be used from more than one thread of the agent (ptrace(2): requests must come from the tracer thread), and
+must never let a thread of the source run while a register or the signal mask is not what it was, except through
+agent.target.inject. Sources: ptrace(2), kernel/signal.c, kernel/ptrace.c.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Final, NamedTuple
+
+from agent.errors import FreezeError, TargetGone
+from agent.kernel import ptrace, wait
+from agent.kernel.arch import user_regs_struct
+from agent.kernel.libc import syscall
+from agent.kernel.syscalls import NR_tgkill
+from agent.procfs.process import list_tids
+from agent.procfs.stat import read_stat, read_task_stat
+from agent.procfs.status import read_task_status
+from agent.target import restart
+from agent.target.memory import TargetMemory
+from agent.target.tail import wait_healed
+
+log = logging.getLogger(__name__)
+
+STOP_TIMEOUT_S: Final = 10.0
+"""How long a thread may take to stop; only one in uninterruptible sleep takes longer than microseconds."""
+_SPIN_S: Final = 0.002
+"""How long to wait for a stop by yielding the CPU, before sleeping between looks."""
+_EVENTS_OF_CHILDREN: Final = (
+    ptrace.PTRACE_EVENT_CLONE,
+    ptrace.PTRACE_EVENT_FORK,
+    ptrace.PTRACE_EVENT_VFORK,
+)
+
+
+class StopKind(enum.Enum):
+    """Why a traced thread stopped."""
+
+    EVENT_STOP = "interrupt, group-stop or first stop of a new thread"
+    SIGNAL = "signal-delivery-stop"
+    SYSCALL = "system call entry or exit"
+    CHILD = "the thread made a new thread or process"
+
+
+class Stop(NamedTuple):
+    """One stop: its kind and the signal (of a group-stop: the stopping signal; of an interrupt: SIGTRAP)."""
+
+    kind: StopKind
+    sig: int
+
+
+class TracedThread:
+    """One seized thread. ``regs`` and ``sigmask`` are those of the stop, read when first asked for and then kept."""
+
+    def __init__(self, pid: int, tid: int) -> None:
+        self.pid = pid
+        self.tid = tid
+        self.stopped = False
+        self.pending_stop_signal = 0
+        """Signal taken from its queue but not delivered yet (signal-delivery-stop), or 0."""
+        self.in_group_stop = False
+        self.holds_sigstop = False
+        """Whether a SIGSTOP of Tracer.hold() is queued for this thread."""
+        self.sample: restart.SleepSample | None = None
+        """What the thread was blocked in before it was interrupted, when that matters."""
+        self._regs: user_regs_struct | None = None
+        self._sigmask: int | None = None
+        self._siginfo: bytes | None = None
+        self._regs_changed = False
+        self._eintr_examined = False
+
+    def __repr__(self) -> str:
+        return f"<TracedThread {self.tid} {'stopped' if self.stopped else 'running'}>"
+
+    @property
+    def regs(self) -> user_regs_struct:
+        """The exact registers at the stop, with orig_rax; the same object every time."""
+        if self._regs is None:
+            self._regs = ptrace.getregs(self.tid)
+        return self._regs
+
+    @property
+    def sigmask(self) -> int:
+        """The blocked signals at the stop (of sigsuspend and the like: those that will be restored)."""
+        if self._sigmask is None:
+            self._sigmask = ptrace.getsigmask(self.tid)
+        return self._sigmask
+
+    @property
+    def pending_siginfo(self) -> list[bytes]:
+        """The signal that left its queue but was not delivered, as raw siginfo: it comes before the queued ones."""
+        if not self.pending_stop_signal:
+            return []
+        if self._siginfo is None:
+            self._siginfo = ptrace.getsiginfo(self.tid)
+        return [self._siginfo]
+
+    def change_regs(self, regs: user_regs_struct) -> None:
+        """Make ``regs`` what the thread goes on with; written when it is let go."""
+        self._regs = regs
+        self._regs_changed = True
+
+    def set_regs_now(self, regs: user_regs_struct, sigmask: int | None = None) -> None:
+        """Write registers, and the signal mask if given, at once; for the destination's final state."""
+        ptrace.setregs(self.tid, regs)
+        self._regs = regs.copy()
+        self._regs_changed = False
+        if sigmask is not None:
+            ptrace.setsigmask(self.tid, sigmask)
+            self._sigmask = sigmask
+
+    def forget(self) -> None:
+        """Drop what was read: the thread has run since."""
+        self._regs = None
+        self._sigmask = None
+        self._siginfo = None
+        self._regs_changed = False
+        self._eintr_examined = False
+        self.pending_stop_signal = 0
+        self.in_group_stop = False
+
+
+class Tracer:
+    """The stopped or traced threads of process ``pid``; leaving the context lets all of them go.
+
+    ``kill_on_exit`` is for a skeleton on the destination: it dies with the agent, and threads and processes that it
+    makes are traced from their first instruction (see adopt()).
+
+    :raises TargetGone: there is no such process.
+    """
+
+    def __init__(self, pid: int, *, kill_on_exit: bool = False) -> None:
+        self.pid = pid
+        self.kill_on_exit = kill_on_exit
+        self.threads: dict[int, TracedThread] = {}
+        self.new_children: list[int] = []
+        """Ids (as the agent sees them) of threads and processes made by traced threads, oldest first."""
+        self._options = ptrace.PTRACE_O_TRACESYSGOOD | ptrace.PTRACE_O_TRACEEXEC
+        if kill_on_exit:
+            self._options |= ptrace.PTRACE_O_EXITKILL | ptrace.PTRACE_O_TRACECLONE
+            self._options |= ptrace.PTRACE_O_TRACEFORK | ptrace.PTRACE_O_TRACEVFORK
+        self.memory = TargetMemory(pid)
+        if not kill_on_exit:
+            wait_healed(pid, self.memory)
+        self._program = self._identify_program()
+
+    def __enter__(self) -> Tracer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            self.detach_all()
+        except (OSError, TargetGone) as err:
+            # the target may be dead, or killed after the commit: that is no news
+            log.debug("letting go of process %d: %s", self.pid, err)
+        finally:
+            self.memory.close()
+
+    @property
+    def leader(self) -> TracedThread:
+        """The thread group leader.
+
+        :raises KeyError: it is not traced.
+        """
+        return self.threads[self.pid]
+
+    # -- attaching and stopping -------------------------------------------------------------------------------------
+
+    def seize(self, tid: int) -> TracedThread:
+        """Attach to a thread of the process without stopping it; nothing happens when it is attached already.
+
+        :raises TargetGone: it died. :raises FreezeError: it cannot be traced, with the reason.
+        """
+        known = self.threads.get(tid)
+        if known is not None:
+            return known
+        try:
+            ptrace.seize(tid, self._options)
+        except (ProcessLookupError, PermissionError) as err:
+            raise self._explain_seize(tid, err) from err
+        thread = self.threads[tid] = TracedThread(self.pid, tid)
+        return thread
+
+    def stop(self, tid: int) -> TracedThread:
+        """Stop one thread, seizing it first if need be; the others are not touched.
+
+        :raises TargetGone: it died meanwhile. :raises FreezeError: it cannot be traced or does not stop.
+        """
+        thread = self.seize(tid)
+        if thread.stopped:
+            return thread
+        thread.sample = restart.sample_sleeper(self.pid, tid)
+        ptrace.interrupt(tid)
+        self._wait_stopped(thread)
+        return thread
+
+    def stop_all(self) -> list[TracedThread]:
+        """Stop every thread, those that are made meanwhile too, and return them, the leader first.
+
+        :raises TargetGone: the process died or called exec. :raises FreezeError: a thread cannot be traced or stopped.
+        """
+        # Sampled before the first thread stops: this part costs no downtime.
+        samples = restart.sample_sleepers(self.pid)
+        while True:
+            waiting = []
+            for tid in self._list_tids():
+                thread = self.threads.get(tid)
+                if thread is not None and thread.stopped:
+                    continue
+                try:
+                    thread = self.seize(tid)
+                    thread.sample = samples.get(tid)
+                    ptrace.interrupt(tid)
+                except (TargetGone, ProcessLookupError):
+                    # Died since it was listed. The end of the whole process shows in the next listing.
+                    self.threads.pop(tid, None)
+                    continue
+                waiting.append(thread)
+            if not waiting:
+                break
+            for thread in waiting:
+                try:
+                    self._wait_stopped(thread)
+                except TargetGone:
+                    if thread.tid not in self._list_tids():
+                        continue
+                    raise
+        if not self.threads:
+            raise TargetGone(f"Process {self.pid} is gone")
+        program = self._identify_program()
+        if program != self._program and any(program):  # all zero: the leader is a zombie
+            raise TargetGone(f"Process {self.pid} called exec meanwhile")
+        return sorted(self.threads.values(), key=lambda t: (t.tid != self.pid, t.tid))
+
+    def adopt(self, tid: int) -> TracedThread:
+        """Take over a thread (or process) that a traced thread made, and wait for its first stop.
+
+        ``tid`` is the id that the agent's pid namespace sees: in ``new_children`` after the call that made it.
+        """
+        thread = self.threads.get(tid)
+        if thread is None:
+            thread = self.threads[tid] = TracedThread(self.pid, tid)
+        if tid in self.new_children:
+            self.new_children.remove(tid)
+        self._wait_stopped(thread)
+        return thread
+
+    # -- letting go -------------------------------------------------------------------------------------------------
+
+    def resume(self, thread: TracedThread) -> None:
+        """Let a stopped thread run on but stay attached; its signals then need wait_stop(): keep this short."""
+        self._before_release(thread)
+        sig = thread.pending_stop_signal
+        thread.forget()
+        thread.stopped = False
+        ptrace.cont(thread.tid, sig)
+
+    def resume_all(self) -> None:
+        """Let all stopped threads run on but stay attached: see resume()."""
+        for thread in list(self.threads.values()):
+            if thread.stopped:
+                self._ignore_death(thread, self.resume)
+
+    def detach(self, thread: TracedThread) -> None:
+        """Let go of a thread: it runs on exactly as before, or stays in its group-stop."""
+        if not thread.stopped:
+            ptrace.interrupt(thread.tid)
+            self._wait_stopped(thread)
+        self._before_release(thread)
+        del self.threads[thread.tid]
+        thread.stopped = False
+        ptrace.detach(thread.tid, thread.pending_stop_signal)
+
+    def detach_all(self) -> None:
+        """Let go of all threads; the leader goes last."""
+        for thread in sorted(self.threads.values(), key=lambda t: t.tid == self.pid):
+            self._ignore_death(thread, self.detach)
+
+    def forget_all(self) -> None:
+        """Drop all threads without a word to the kernel: the process was killed."""
+        self.threads.clear()
+
+    # -- holding ----------------------------------------------------------------------------------------------------
+
+    def hold(self) -> None:
+        """Make the process stay stopped even if the agent dies: every thread gets a SIGSTOP of its own.
+
+        All threads must be stopped. A thread set free by the agent's death takes its SIGSTOP before it runs a single
+        instruction. A process in a group-stop stays there anyway and gets none. SIGCONT ends the hold.
+        """
+        for thread in self.threads.values():
+            if thread.holds_sigstop or thread.in_group_stop:
+                continue
+            status = read_task_status(self.pid, thread.tid)
+            if status.sig_pnd & _bit(signal.SIGSTOP):
+                continue  # its own: not ours to swallow later
+            _tgkill(self.pid, thread.tid, signal.SIGSTOP)
+            thread.holds_sigstop = True
+
+    def unhold(self) -> None:
+        """Take back hold(): each SIGSTOP is taken from its queue and dropped; the threads stay stopped.
+
+        Signals that the kernel takes first (lower numbers) are delivered on the way, as they would have been.
+        """
+        for thread in list(self.threads.values()):
+            while thread.holds_sigstop:
+                self._before_release(thread)
+                sig = thread.pending_stop_signal
+                thread.forget()
+                thread.stopped = False
+                ptrace.cont(thread.tid, sig)
+                stop = self._wait_stopped(thread)
+                if stop.kind is StopKind.SIGNAL and stop.sig == signal.SIGSTOP:
+                    thread.pending_stop_signal = 0
+                    thread.holds_sigstop = False
+
+    # -- waiting ----------------------------------------------------------------------------------------------------
+
+    def wait_stop(self, thread: TracedThread, timeout_s: float = STOP_TIMEOUT_S) -> Stop:
+        """Wait until the thread stops for whatever reason, and say why.
+
+        :raises TargetGone: it died or called exec. :raises FreezeError: it did not stop in time.
+        """
+        began = time.monotonic()
+        pause_s = 0.0001
+        while True:
+            stop = self.poll_stop(thread)
+            if stop is not None:
+                return stop
+            waited = time.monotonic() - began
+            if waited < _SPIN_S:
+                os.sched_yield()
+                continue
+            self._check_alive(thread)
+            if waited > timeout_s:
+                raise self._explain_stuck(thread, timeout_s)
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, 0.005)
+
+    def poll_stop(self, thread: TracedThread) -> Stop | None:
+        """Like wait_stop() but return None at once when the thread has not stopped."""
+        try:
+            found = wait.waitpid4(thread.tid, wait.WNOHANG)
+        except ChildProcessError as err:
+            self.threads.pop(thread.tid, None)
+            raise TargetGone(f"Thread {thread.tid} of process {self.pid} is gone") from err
+        if found is None:
+            return None
+        status = found[1]
+        sig = wait.stop_signal(status)
+        if sig is None:
+            self.threads.pop(thread.tid, None)
+            raise TargetGone(f"Thread {thread.tid} of process {self.pid} died (status {status:#x})")
+        event = wait.ptrace_event(status)
+        thread.stopped = True
+        if event == ptrace.PTRACE_EVENT_EXEC:
+            raise TargetGone(f"Process {self.pid} called exec meanwhile")
+        if event in _EVENTS_OF_CHILDREN:
+            self.new_children.append(ptrace.geteventmsg(thread.tid))
+            return Stop(StopKind.CHILD, sig)
+        if event == ptrace.PTRACE_EVENT_STOP:
+            thread.in_group_stop = wait.is_group_stop(status)
+            return Stop(StopKind.EVENT_STOP, sig)
+        if wait.is_syscall_stop(status):
+            return Stop(StopKind.SYSCALL, sig)
+        return Stop(StopKind.SIGNAL, sig)
+
+    def _wait_stopped(self, thread: TracedThread) -> Stop:
+        """Wait for a stop in which a thread can be left alone."""
+        while True:
+            stop = self.wait_stop(thread)
+            if stop.kind is StopKind.EVENT_STOP:
+                return stop
+            if stop.kind is StopKind.SIGNAL:
+                # This stop used up the interrupt; staying here is fine.
+                thread.pending_stop_signal = stop.sig
+                return stop
+            thread.stopped = False
+            ptrace.interrupt(thread.tid)
+            ptrace.cont(thread.tid, 0)
+
+    def _check_alive(self, thread: TracedThread) -> None:
+        # A leader that called pthread_exit() is a zombie without being reported.
+        try:
+            state = read_task_stat(self.pid, thread.tid).state
+        except (FileNotFoundError, ProcessLookupError):
+            state = "X"
+        if state in "ZX" and wait_nothing(thread.tid):
+            self.threads.pop(thread.tid, None)
+            raise TargetGone(f"Thread {thread.tid} of process {self.pid} is gone")
+
+    # -- helpers ----------------------------------------------------------------------------------------------------
+
+    def _before_release(self, thread: TracedThread) -> None:
+        # EINTR that only our stop caused must not reach a program that did nothing to earn it.
+        restart.hide_eintr(thread)
+        if thread._regs_changed and thread._regs is not None:
+            ptrace.setregs(thread.tid, thread._regs)
+            thread._regs_changed = False
+
+    def _ignore_death(
+        self, thread: TracedThread, action: Callable[[TracedThread], None]
+    ) -> None:
+        try:
+            action(thread)
+        except (ProcessLookupError, TargetGone):
+            self.threads.pop(thread.tid, None)
+
+    def _list_tids(self) -> list[int]:
+        try:
+            return [int(tid) for tid in list_tids(self.pid)]
+        except (FileNotFoundError, ProcessLookupError) as err:
+            raise TargetGone(f"Process {self.pid} is gone") from err
+
+    def _identify_program(self) -> tuple[int, ...]:
+        # exec() lays these out anew, at random; nothing else but prctl(PR_SET_MM) changes them.
+        try:
+            stat = read_stat(self.pid)
+        except (FileNotFoundError, ProcessLookupError) as err:
+            raise TargetGone(f"Process {self.pid} is gone") from err
+        return () if self.kill_on_exit else (stat.start_code, stat.start_stack, stat.start_data)
+
+    def _explain_seize(self, tid: int, err: OSError) -> Exception:
+        try:
+            status = read_task_status(self.pid, tid)
+        except (FileNotFoundError, ProcessLookupError):
+            return TargetGone(f"Thread {tid} of process {self.pid} is gone")
+        if isinstance(err, ProcessLookupError) or status.is_zombie:
+            return TargetGone(f"Thread {tid} of process {self.pid} is gone")
+        if status.tracer_pid:
+            return FreezeError(
+                f"Cannot trace thread {tid} of process {self.pid}: process {status.tracer_pid} traces it already",
+                hint="end the debugger or strace that is attached to it",
+            )
+        return FreezeError(
+            f"Cannot trace thread {tid} of process {self.pid}: {os.strerror(err.errno or errno.EPERM)}",
+            hint="run as the target's user or with CAP_SYS_PTRACE; see /proc/sys/kernel/yama/ptrace_scope",
+        )
+
+    def _explain_stuck(self, thread: TracedThread, timeout_s: float) -> FreezeError:
+        try:
+            state = read_task_stat(self.pid, thread.tid).state
+        except (FileNotFoundError, ProcessLookupError):
+            state = "?"
+        return FreezeError(
+            f"Thread {thread.tid} of process {self.pid} did not stop within {timeout_s:g} s (state {state})",
+            hint="a thread in uninterruptible sleep (state D: disk, NFS, vfork) cannot be stopped",
+        )
+
+
+def pick_injection_thread(pid: int) -> int:
+    """Return the thread that a short stop would disturb least: blocked in a call that restarts well, else running.
+
+    :raises TargetGone: no thread of the process is alive.
+    """
+    best: tuple[int, int] | None = None
+    try:
+        tids = list_tids(pid)
+    except (FileNotFoundError, ProcessLookupError) as err:
+        raise TargetGone(f"Process {pid} is gone") from err
+    for tid in tids:
+        rank = restart.disturbance(pid, tid)
+        if rank is None:
+            continue
+        if best is None or rank < best[0]:
+            best = (rank, tid)
+        if rank == 0:
+            break
+    if best is None:
+        raise TargetGone(f"Process {pid} has no live thread")
+    return best[1]
+
+
+def wait_nothing(tid: int) -> bool:
+    """Tell whether the kernel has no stop of ``tid`` to report, without taking one."""
+    try:
+        return os.waitid(
+            os.P_PID, tid, os.WEXITED | os.WSTOPPED | os.WNOHANG | os.WNOWAIT | wait.WALL
+        ) is None
+    except (ChildProcessError, OSError):
+        return True
+
+
+def _bit(sig: int) -> int:
+    return 1 << (sig - 1)
+
+
+def _tgkill(pid: int, tid: int, sig: int) -> None:
+    syscall(NR_tgkill, pid, tid, sig)

@@ -1,0 +1,36 @@
+"""What the destination must know before it says yes: sent first, while the target still runs.
+
+Ids are those that the process itself sees; clock readings are the process's own, taken when this was sent.
+Limits are a preview: the real ones come with the final state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from protocol.state import register
+from protocol.state.limits import LimitsState
+
+MAX_THREADS = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanState:
+    """The process to come: its ids, its highest descriptor, its clocks."""
+
+    pid: int
+    tids: tuple[int, ...]
+    name: str
+    highest_fd: int
+    monotonic_ns: int
+    boottime_ns: int
+    limits: LimitsState
+
+    def __post_init__(self) -> None:
+        if self.pid <= 0 or self.pid not in self.tids:
+            raise ValueError(f"process {self.pid} has no leader among its threads")
+        if not 0 < len(self.tids) <= MAX_THREADS or min(self.tids) <= 0:
+            raise ValueError(f"{len(self.tids)} thread ids are not valid")
+
+
+register("plan", PlanState, version_id=1, minimum_version_id=1)

@@ -1,0 +1,305 @@
+"""Regular files, devices, pipes, eventfd, timerfd, signalfd, epoll of a live child."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import select
+import struct
+import time
+from pathlib import Path
+
+import pytest
+
+from agent.errors import RefusedError, RestoreError
+from agent.state.files import preflight_files
+from tests.kernel.files_support import Options, body_of, file_of, live_child, restored
+
+
+def test_offset_flags_and_sharing_of_regular_files(tmp_path: Path) -> None:
+    (tmp_path / "data").write_bytes(b"0123456789")
+    (tmp_path / "log").write_bytes(b"first\n")
+    code = """
+    a = os.open("data", os.O_RDONLY)
+    os.lseek(a, 4, 0)
+    os.dup2(a, 50)
+    b = os.open("data", os.O_RDONLY); os.dup2(b, 51); os.close(b)
+    c = os.open("log", os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK); os.dup2(c, 52, inheritable=False)
+    d = os.open(".", os.O_RDONLY | os.O_DIRECTORY); os.dup2(d, 53)
+    e = os.open("data", os.O_PATH); os.dup2(e, 54)
+    os.dup2(a, 60)
+    ready()
+    """
+    with live_child(tmp_path, code) as child:
+        assert child.check() == []
+        state = child.dump()
+        assert preflight_files(state, Options()) == []
+    assert file_of(state, 50) == file_of(state, 60)
+    assert file_of(state, 50) != file_of(state, 51)
+    assert {entry.fd for entry in state.fds if entry.cloexec} >= {52}
+    with restored(state) as again:
+        assert os.read(again.fd(50), 3) == b"456"
+        assert os.read(again.fd(51), 3) == b"012"
+        os.write(again.fd(52), b"second\n")
+        assert fcntl.fcntl(again.fd(52), fcntl.F_GETFL) & os.O_NONBLOCK
+        assert "data" in os.listdir(again.fd(53))
+        assert fcntl.fcntl(again.fd(54), fcntl.F_GETFL) & os.O_PATH
+    assert (tmp_path / "log").read_bytes() == b"first\nsecond\n"
+
+
+def test_all_obstacles_are_named_at_once(tmp_path: Path) -> None:
+    code = """
+    a = open("gone", "w"); os.unlink("gone")
+    libc = ctypes.CDLL(None)
+    inotify = libc.inotify_init1(0)
+    netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)
+    master, slave = os.openpty()
+    pidfd = os.pidfd_open(os.getpid())
+    fuse = os.open("/dev/kmsg", os.O_RDONLY)
+    locked = open("locked", "w"); fcntl.flock(locked, fcntl.LOCK_EX)
+    ready()
+    """
+    with live_child(tmp_path, code) as child:
+        kinds = sorted(obstacle.kind for obstacle in child.check())
+        with pytest.raises(RefusedError) as caught:
+            child.dump()
+    assert kinds == sorted(
+        ["deleted file", "inotify", "socket", "terminal", "terminal", "pidfd", "device", "file lock"]
+    )
+    assert len(caught.value.obstacles) == len(kinds)
+    assert all(obstacle.what.startswith("fd ") for obstacle in caught.value.obstacles)
+
+
+def test_a_changed_file_is_refused_by_the_destination(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"a")
+    (tmp_path / "b").write_bytes(b"b")
+    with live_child(tmp_path, "a = open('a'); b = open('b'); ready()") as child:
+        state = child.dump()
+    (tmp_path / "a").write_bytes(b"longer")
+    (tmp_path / "b").unlink()
+    obstacles = preflight_files(state, Options())
+    assert [obstacle.kind for obstacle in obstacles] == ["file", "file"]
+    with pytest.raises(RestoreError, match="Cannot restore fd"), restored(state):
+        pass
+
+
+def test_pipe_contents_ends_and_size(tmp_path: Path) -> None:
+    code = """
+    r, w = os.pipe()
+    fcntl.fcntl(w, 1031, 1 << 18)
+    os.write(w, b"x" * 100000); os.write(w, b"yz")
+    os.dup2(r, 50); os.dup2(w, 51); os.set_blocking(51, False)
+    r2, w2 = os.pipe(); os.write(w2, b"left"); os.close(w2); os.dup2(r2, 52)
+    r3, w3 = os.pipe(); os.close(r3); os.dup2(w3, 53)
+    r4, w4 = os.pipe2(os.O_DIRECT)
+    os.write(w4, b"one"); os.write(w4, b"three"); os.dup2(r4, 54); os.dup2(w4, 55)
+    other = os.open("/proc/self/fd/%d" % r4, os.O_RDONLY | os.O_NONBLOCK); os.dup2(other, 56)
+    ready()
+    """
+    with live_child(tmp_path, code) as child:
+        assert child.check() == []
+        state = child.dump()
+        assert child.dump() == state, "dumping must not consume anything"
+        assert preflight_files(state, Options()) == []
+    with restored(state) as again:
+        assert fcntl.fcntl(again.fd(50), 1032) == 1 << 18
+        assert not os.get_blocking(again.fd(51)) and os.get_blocking(again.fd(50))
+        got = b""
+        while len(got) < 100002:
+            got += os.read(again.fd(50), 1 << 18)
+        assert got == b"x" * 100000 + b"yz"
+        os.write(again.fd(51), b"more")
+        assert os.read(again.fd(50), 10) == b"more"
+        assert os.read(again.fd(52), 10) == b"left"
+        assert os.read(again.fd(52), 10) == b""
+        with pytest.raises(BrokenPipeError):
+            os.write(again.fd(53), b"x")
+        assert os.read(again.fd(54), 100) == b"one"
+        assert os.read(again.fd(56), 100) == b"three"
+        os.write(again.fd(55), b"a")
+        os.write(again.fd(55), b"b")
+        assert os.read(again.fd(54), 100) == b"a"
+
+
+def test_a_pipe_to_another_process_is_an_obstacle(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    try:
+        os.set_inheritable(writer, True)
+        code = f"""
+        w = os.open("/proc/{os.getpid()}/fd/{writer}", os.O_WRONLY); os.dup2(w, 50); os.close(w)
+        ready()
+        """
+        with live_child(tmp_path, code) as child:
+            (obstacle,) = child.check()
+        assert obstacle.kind == "pipe" and f"process {os.getpid()}" in obstacle.detail
+        external = Options(external_fds=frozenset({50}), inherit_fds={50: writer})
+        with live_child(tmp_path, code, external) as child:
+            assert child.check() == []
+            state = child.dump()
+        assert [o.kind for o in preflight_files(state, Options())] == ["external"]
+        assert preflight_files(state, external) == []
+        with restored(state, external) as again:
+            os.write(again.fd(50), b"hello")
+            assert os.read(reader, 10) == b"hello"
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+def test_fifo_ends_and_contents(tmp_path: Path) -> None:
+    code = """
+    os.mkfifo("fifo")
+    a = os.open("fifo", os.O_RDWR); os.write(a, b"abc"); os.dup2(a, 50)
+    b = os.open("fifo", os.O_RDONLY | os.O_NONBLOCK); os.dup2(b, 51)
+    ready()
+    """
+    with live_child(tmp_path, code) as child:
+        assert child.check() == []
+        state = child.dump()
+        with pytest.raises(RestoreError, match="in use"), restored(state):
+            pass
+    assert preflight_files(state, Options()) == []
+    with restored(state) as again:
+        assert os.read(again.fd(51), 10) == b"abc"
+        os.write(again.fd(50), b"d")
+        assert os.read(again.fd(51), 10) == b"d"
+    os.unlink(tmp_path / "fifo")
+    assert [o.kind for o in preflight_files(state, Options())] == ["fifo", "fifo"]
+
+
+def test_eventfd_timerfd_signalfd(tmp_path: Path) -> None:
+    code = """
+    libc = ctypes.CDLL(None, use_errno=True)
+    def keep(fd, number):
+        assert fd >= 0
+        os.dup2(fd, number); os.close(fd)
+    keep(libc.eventfd(7, 0o4000), 50)
+    keep(libc.eventfd(2, 1), 51)
+    def timer(clock, flags, interval, value):
+        fd = libc.timerfd_create(clock, 0)
+        spec = struct.pack("=qqqq", int(interval), int(interval % 1 * 1e9), int(value), int(value % 1 * 1e9))
+        assert libc.timerfd_settime(fd, flags, spec, None) == 0
+        return fd
+    keep(timer(1, 0, 2.5, 1000), 52)
+    keep(timer(0, 3, 0, time.time() + 500), 53)
+    keep(timer(1, 0, 0.01, 0.01), 54)
+    keep(libc.timerfd_create(7, 0), 55)
+    keep(timer(1, 0, 0, 0.001), 57)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    mask = ctypes.create_string_buffer(128); mask[1] = 0x02
+    keep(libc.signalfd(-1, mask, 0o4000), 56)
+    time.sleep(0.05)
+    ready()
+    """
+    with live_child(tmp_path, code) as child:
+        assert child.check() == []
+        state = child.dump()
+        assert preflight_files(state, Options()) == []
+    assert body_of(state, 56).mask == 1 << 9
+    assert body_of(state, 53).deadline_ns is not None
+    with restored(state) as again:
+        restorer = again.restorer
+        counter, semaphore = again.fd(50), again.fd(51)
+        assert struct.unpack("Q", os.read(counter, 8)) == (7,)
+        with pytest.raises(BlockingIOError):
+            os.read(counter, 8)
+        assert struct.unpack("Q", os.read(semaphore, 8)) == (1,)
+        assert struct.unpack("Q", os.read(semaphore, 8)) == (1,)
+        kept = {number: os.dup(again.fd(number)) for number in range(52, 58)}
+        try:
+            restorer.start()
+            shown = {n: Path(f"/proc/self/fdinfo/{fd}").read_text() for n, fd in kept.items()}
+            assert "it_interval: (2, 500000000)" in shown[52]
+            assert "it_value: (999, " in shown[52]
+            assert "settime flags: 03" in shown[53]
+            assert "it_value: (49" in shown[53]
+            assert "clockid: 7" in shown[55]
+            assert "it_value: (0, 0)" in shown[55]
+            (ticks,) = struct.unpack("Q", os.read(kept[54], 8))
+            assert ticks >= body_of(state, 54).ticks > 1
+            assert struct.unpack("Q", os.read(kept[57], 8)) == (1,), "an unread expiry is kept"
+            assert "sigmask:\t0000000000000200" in shown[56]
+        finally:
+            for fd in kept.values():
+                os.close(fd)
+
+
+def test_epoll_interests_name_descriptions(tmp_path: Path) -> None:
+    code = """
+    a, b = socket.socketpair()
+    ep = select.epoll(); os.dup2(ep.fileno(), 50); ep.close(); ep = select.epoll.fromfd(50)
+    libc = ctypes.CDLL(None, use_errno=True)
+    def add(epfd, fd, events, data):
+        assert libc.epoll_ctl(epfd, 1, fd, struct.pack("=IQ", events, data)) == 0
+    os.dup2(a.fileno(), 51)
+    add(50, 51, select.EPOLLIN | select.EPOLLET, 0xdeadbeefcafe)
+    os.dup2(b.fileno(), 52)
+    add(50, 52, select.EPOLLOUT | select.EPOLLONESHOT, 5)
+    ep.poll(0)                                       # spends the one-shot
+    outer = select.epoll(); os.dup2(outer.fileno(), 53)
+    add(53, 50, select.EPOLLIN, 9)
+    os.dup2(a.fileno(), 54); add(50, 54, select.EPOLLIN, 7); os.close(54)   # closed, a lives on
+    os.dup2(0, 54)                                                          # and taken again
+    ready()
+    """
+    with live_child(tmp_path, code) as child:
+        assert child.check() == []
+        state = child.dump()
+    items = {item.fd: item for item in body_of(state, 50).items}
+    assert items[51].data == 0xDEADBEEFCAFE and items[51].events & select.EPOLLET
+    assert items[52].events == select.EPOLLONESHOT
+    assert items[54].file_id == file_of(state, 51).id != file_of(state, 54).id
+    assert [item.file_id for item in body_of(state, 53).items] == [file_of(state, 50).id]
+
+
+def test_epoll_interest_in_an_unreachable_file_is_an_obstacle(tmp_path: Path) -> None:
+    code = """
+    a, b = socket.socketpair()
+    ep = select.epoll(); ep.register(a.fileno(), select.EPOLLIN)
+    c, d = socket.socketpair()
+    c.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [a.fileno()]))])
+    a.close()
+    ready()
+    """
+    with live_child(tmp_path, code) as child:
+        kinds = {obstacle.kind for obstacle in child.check()}
+    assert kinds == {"epoll", "unix socket"}
+
+
+def test_locks_are_carried_on_request(tmp_path: Path) -> None:
+    code = """
+    f = open("flock", "w"); fcntl.flock(f, fcntl.LOCK_EX)
+    p = open("posix", "w"); fcntl.lockf(p, fcntl.LOCK_EX, 10, 5)
+    o = open("ofd", "w"); fcntl.fcntl(o, 37, struct.pack("=hh4xqqi4x", 1, 0, 3, 4, 0))
+    os.dup2(f.fileno(), 50); os.dup2(p.fileno(), 51); os.dup2(o.fileno(), 52)
+    ready()
+    """
+    with live_child(tmp_path, code, Options(file_locks=True)) as child:
+        assert child.check() == []
+        state = child.dump()
+    (lock,) = file_of(state, 51).locks
+    assert (lock.start, lock.length, lock.exclusive) == (5, 10, True)
+    with restored(state) as again:
+        with open(tmp_path / "flock") as other, pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        assert "OFDLCK" in Path(f"/proc/self/fdinfo/{again.fd(52)}").read_text()
+
+
+def test_a_thousand_descriptors_take_milliseconds(tmp_path: Path) -> None:
+    code = """
+    import resource
+    resource.setrlimit(resource.RLIMIT_NOFILE, (2000, 2000))
+    for number in range(500):
+        os.open("/dev/null", os.O_RDWR)
+    for number in range(250):
+        os.pipe()
+    ready()
+    """
+    with live_child(tmp_path, code) as child:
+        child.check()
+        start = time.perf_counter()
+        state = child.dump()
+        seconds = time.perf_counter() - start
+    assert len(state.fds) >= 1000
+    print(f"{seconds * 1000:.1f} ms")
+    assert seconds < 1.0

@@ -1,0 +1,84 @@
+"""Real programs: Redis under load, nginx, a Java virtual machine."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from tests.hosts import Host, wait_until
+from tests.migrate.crossing import Workload, migrate, start_program, start_workload
+from tests.prerequisites import require_program
+
+WORKLOADS = Path(__file__).resolve().parent.parent / "workloads"
+REDIS_PORT = 6379
+
+
+def start_server(host: Host, directory: Path, name: str, argv: list[str], port: int) -> Workload:
+    workload = start_program(host, directory, argv, status=directory / name, wait=False)
+    wait_until(lambda: host.listens_on_tcp(port) or not workload.process.alive, f"{name} to listen")
+    assert workload.process.alive, workload.printed()
+    return workload
+
+
+def test_redis_moves_under_load_without_losing_a_write(
+    source: Host, destination: Host, tmp_path: Path
+) -> None:
+    program = require_program("redis-server", "redis-server")
+    options = ["--port", str(REDIS_PORT), "--save", "", "--dir", str(tmp_path), "--bind", "0.0.0.0"]
+    server = start_server(
+        source, tmp_path, "redis", [program, *options, "--protected-mode", "no"], REDIS_PORT
+    )
+    # On the source host, so that it is no part of what moves and sees both addresses.
+    client = start_workload(
+        source,
+        tmp_path,
+        "redis_writer",
+        "STATUS",
+        f"127.0.0.1:{REDIS_PORT}",
+        f"{destination.addresses[0]}:{REDIS_PORT}",
+    )
+    before = client.last()
+    migrate(server, destination, tmp_path, send=["--tcp-close", "--verify"])
+    wait_until(lambda: client.last().get("reconnected", 0) >= 1, "the client to reconnect")
+    after = client.wait_for_notes(10)
+    assert after["acknowledged"] > before["acknowledged"]
+    assert after["address"].startswith(destination.addresses[0])
+    assert client.errors() == []
+    assert after["longest_gap_s"] < 10
+    assert destination.outer_pid(server.pid)
+
+
+def test_nginx_serves_from_its_new_host(source: Host, destination: Host, tmp_path: Path) -> None:
+    program = require_program("nginx", "nginx-light")
+    (tmp_path / "html").mkdir()
+    (tmp_path / "html" / "index.html").write_text("carried\n")
+    configuration = (WORKLOADS / "nginx.conf").read_text().replace("PREFIX", str(tmp_path))
+    (tmp_path / "nginx.conf").write_text(configuration)
+    argv = [program, "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf")]
+    server = start_server(source, tmp_path, "nginx", argv, 8080)
+
+    def fetch(host: Host) -> bytes:
+        script = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:8080/').read())"
+        return host.run([sys.executable, "-c", script]).stdout
+
+    assert b"carried" in fetch(source)
+    migrate(server, destination, tmp_path, send=["--verify"])
+    for _ in range(5):
+        assert b"carried" in fetch(destination)
+    assert destination.outer_pid(server.pid)
+
+
+def test_java_virtual_machine_goes_on(source: Host, destination: Host, tmp_path: Path) -> None:
+    java = require_program("java", "openjdk-17-jre-headless")
+    status = tmp_path / "java.status"
+    # UsePerfData maps a file that belongs to one host's /tmp; the heap is small to keep the test quick.
+    options = ["-Xmx64m", "-XX:-UsePerfData"]
+    workload = start_program(
+        source, tmp_path, [java, *options, WORKLOADS / "JavaLoop.java", status], status=status
+    )
+    before = workload.last()
+    migrate(workload, destination, tmp_path, send=["--verify"])
+    after = workload.assert_healthy(destination, count=20)
+    assert after["nr_errors"] == 0
+    for counter in ("allocated", "checked", "passed"):
+        assert after[counter] > before[counter], f"{counter} stands still"

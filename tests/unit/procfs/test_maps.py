@@ -1,0 +1,74 @@
+"""parse_maps and the smaps parsers on texts as kernels write them."""
+
+from __future__ import annotations
+
+import pytest
+
+from agent.procfs.maps import MapsEntry, parse_maps
+from agent.procfs.smaps import SmapsEntry, parse_smaps, parse_vm_flags
+
+TEXT = b"""\
+00400000-00452000 r-xp 00001000 08:02 173521                             /usr/bin/dbus daemon
+00e03000-00e24000 rw-p 00000000 00:00 0                                  [heap]
+35b1a21000-35b1a22000 rw-p 00000000 00:00 0 
+7f2c6ff8c000-7f2c7078c000 rw-s 00000000 00:05 1026                       /memfd:a b (deleted)
+7fffb2c0d000-7fffb2c2e000 rw-p 00000000 00:00 0                          [stack]
+ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsyscall]
+"""  # noqa: W291
+
+
+def test_every_column_is_parsed() -> None:
+    entries = parse_maps(TEXT)
+    assert entries[0] == MapsEntry(
+        0x400000, 0x452000, "r-xp", 0x1000, 8, 2, 173521, "/usr/bin/dbus daemon"
+    )
+    assert [entry.path for entry in entries[1:]] == [
+        "[heap]", "", "/memfd:a b (deleted)", "[stack]", "[vsyscall]"
+    ]  # fmt: skip
+    assert entries[-1].start == 0xFFFFFFFFFF600000
+    assert entries[3].perms == "rw-s" and entries[3].dev_minor == 5
+
+
+def test_strange_names_survive() -> None:
+    head = b"1000-2000 r--p 00000000 fe:01 7 " + b" " * 40
+    assert parse_maps(head + b"/a\rb\xff\\012\n")[0].path == "/a\rb\udcff\\012"
+
+
+def test_no_mappings_are_no_entries() -> None:
+    assert parse_maps(b"") == []
+
+
+@pytest.mark.parametrize(
+    "text", [b"1000-2000 r--p 00000000 00:00 0 ", b"rubbish\n", b"1000-2000 r--p\n", b"\n"]
+)
+def test_other_texts_are_value_errors(text: bytes) -> None:
+    with pytest.raises(ValueError):
+        parse_maps(text)
+
+
+SMAPS = b"""\
+7f0000000000-7f0000002000 rw-p 00000000 00:00 0 
+Size:                  8 kB
+Rss:                   4 kB
+THPeligible:           0
+ProtectionKey:         3
+VmFlags: rd wr mr mw me ac sd 
+7f0000002000-7f0000004000 r--s 00000000 00:01 12                         /dev/VmFlags: x
+Size:                  8 kB
+Rss:                   0 kB
+VmFlags: rd sh mr mw me ms uw 
+"""  # noqa: W291
+
+
+def test_vm_flags_belong_to_their_mapping() -> None:
+    first, second = parse_vm_flags(SMAPS)
+    assert (first.start, first.end) == (0x7F0000000000, 0x7F0000002000)
+    assert first.flags == {"rd", "wr", "mr", "mw", "me", "ac", "sd"}
+    assert "uw" in second.flags
+
+
+def test_smaps_counters_are_bytes() -> None:
+    first, second = parse_smaps(SMAPS)
+    assert isinstance(first, SmapsEntry)
+    assert first.bytes_by_name == {"Size": 8192, "Rss": 4096}
+    assert (first.protection_key, second.protection_key) == (3, 0)

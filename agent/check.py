@@ -13,6 +13,7 @@ from types import TracebackType
 from agent.errors import SetupError, TargetGone
 from agent.options import SendOptions
 from agent.procfs.maps import MapsEntry, parse_maps, read_maps
+from agent.procfs.process import read_fd_link
 from agent.procfs.smaps import read_vm_flags
 from agent.procfs.status import read_status
 from agent.spaces import FIRST_OBJECT_SPACE
@@ -35,6 +36,8 @@ class Target:
     ns_pid: int
     options: SendOptions
     objects: dict[SharedKey, int] = field(default_factory=dict)
+    open_objects: dict[SharedKey, int] = field(default_factory=dict)
+    """Shared memory objects seen in the descriptor table, with one of their numbers."""
     ctx: DumpContext = field(init=False)
     layout: LayoutDumper = field(init=False)
 
@@ -43,13 +46,22 @@ class Target:
             pid=self.pid,
             pidfd=self.pidfd,
             options=self.options,
-            shared_id=lambda dev, ino, _fd: self.object_id(SharedKey(dev, ino)),
+            shared_id=self._open_object,
         )
         self.layout = LayoutDumper(self.pid, self._mapped_object)
 
     def object_id(self, key: SharedKey) -> int:
         """Return the id of a shared memory object; the same one for as long as the migration lasts."""
         return self.objects.setdefault(key, FIRST_OBJECT_SPACE + len(self.objects))
+
+    def _open_object(self, dev: int, ino: int, target_fd: int) -> int:
+        key = SharedKey(dev, ino)
+        self.open_objects[key] = target_fd
+        return self.object_id(key)
+
+    def open_path(self, key: SharedKey) -> str:
+        """What the link of an open object's descriptor shows."""
+        return read_fd_link(self.pid, self.open_objects[key])
 
     def _mapped_object(self, entry: MapsEntry) -> int:
         return self.object_id(shared_key(entry))

@@ -55,6 +55,7 @@ from protocol.messages import (
 from protocol.pages import PageBatch
 from protocol.session import Role, SessionState
 from protocol.state import decode_section, load_all
+from protocol.state.restart import RestartState
 from protocol.version import choose_version, explain_refusal
 
 _log = logging.getLogger(__name__)
@@ -119,6 +120,7 @@ class _Migration:
         self.clock = PhaseClock()
         self.phase = "handshake"
         self.sections: dict[str, list[object]] = {}
+        self.restarts: dict[int, RestartState] = {}
         self.rebuild: Rebuild | None = None
 
     def run(self) -> int:
@@ -202,10 +204,12 @@ class _Migration:
             f"Cannot take the process: {len(obstacles)} obstacle{plural}: {obstacles[0]}", obstacles
         )
 
-    def _keep(self, section: StateSection) -> object:
+    def _keep(self, section: StateSection) -> None:
         state = decode_section(section)
-        self.sections.setdefault(section.kind, []).append(state)
-        return state
+        if isinstance(state, RestartState):
+            self.restarts[section.owner_id] = state
+        else:
+            self.sections.setdefault(section.kind, []).append(state)
 
     def _next(self) -> Message | PageBatch:
         message = self.link.receive()
@@ -225,7 +229,7 @@ class _Migration:
             if message.kind == "layout":
                 rebuild.follow_layout(decode_section(message))
             elif message.kind == "shared":
-                rebuild.add_object(message.owner_id, decode_section(message))
+                rebuild.describe_object(decode_section(message))
             else:
                 self._keep(message)
         elif not isinstance(message, (RoundBegin, RoundEnd)):
@@ -248,7 +252,7 @@ class _Migration:
                     f"Memory of process {rebuild.pid} differs from the source's: digest {digest} "
                     f"instead of {end.digest}"
                 )
-        rebuild.finish_task(self.sections)
+        rebuild.finish_task(self.sections, self.restarts)
         return digest
 
     def _commit(self, rebuild: Rebuild) -> None:

@@ -8,8 +8,6 @@ its limit. Reading is unbuffered: no byte beyond the current frame is taken from
 
 from __future__ import annotations
 
-import time
-
 from agent.channel import Channel
 from protocol.codec import Buffer
 from protocol.framing import HEADER_BYTES, FrameType, encode_frame, parse_header
@@ -58,21 +56,3 @@ class FrameWriter:
         header."""
         self.nr_frames += 1
         return self.channel.send_buffers(encode_frame(frame_type, *buffers))
-
-
-class RateLimiter:
-    """Holds a sender to a mean rate without building up debt or credit beyond ``burst_s``."""
-
-    def __init__(self, bytes_per_s: int | None, *, burst_s: float = 0.05) -> None:
-        self.bytes_per_s = bytes_per_s
-        self._burst_s = burst_s
-        self._free_at = 0.0
-
-    def throttle(self, nr_bytes: int) -> None:
-        """Account for bytes just sent; sleep as long as they are ahead of the rate."""
-        if not self.bytes_per_s:
-            return
-        now = time.monotonic()
-        self._free_at = max(self._free_at, now - self._burst_s) + nr_bytes / self.bytes_per_s
-        if self._free_at > now:
-            time.sleep(self._free_at - now)

@@ -42,8 +42,10 @@ def install() -> None:
 
 
 @contextlib.contextmanager
-def shielded() -> Iterator[None]:
+def shielded(*, raise_after: bool = True) -> Iterator[None]:
     """Hold stop signals back until the body is done, then raise the first of them.
+
+    Without ``raise_after`` they are dropped: for a body whose success must not look like a failure.
 
     If the body fails, its error is what comes out and the signals are dropped: it ends the program
     anyway.
@@ -57,5 +59,5 @@ def shielded() -> Iterator[None]:
         pending = _pending[:]
         if not _shields:
             _pending.clear()
-    if pending and not _shields:
+    if pending and raise_after and not _shields:
         raise Interrupted(pending[0])

@@ -18,7 +18,8 @@ from agent.types import Obstacle
 from protocol.codec import Buffer
 from protocol.errors import ProtocolError
 from protocol.framing import FrameType
-from protocol.messages import Abort, Message, Prepared, WireObstacle, decode_message
+from protocol.limits import MAX_OBSTACLES
+from protocol.messages import Abort, Message, Prepared, WireObstacle, decode_message, fit_text
 from protocol.pages import PageBatch, PageEncoding, batch_buffers, check_batch, parse_batch
 from protocol.session import Role, Session, SessionState
 
@@ -61,12 +62,16 @@ class Link:
         self.session.page_batch_sent(batch)
         return self._writer.write_frame(FrameType.PAGES, *batch_buffers(batch))
 
+    def send_raw(self, buffers: list[Buffer]) -> None:
+        """Send a frame that is encoded and counted already (PageSender does both)."""
+        self.channel.send_buffers(buffers)
+
     def abort(self, phase: str, reason: str, obstacles: Sequence[Obstacle] = ()) -> None:
         """Tell the peer that this side gives up, if it can still hear it."""
         if self.recorded or self.state in (SessionState.FAILED, SessionState.COMPLETED):
             return
         try:
-            self.send(Abort(phase=phase, reason=reason, obstacles=to_wire(obstacles)))
+            self.send(Abort(phase=phase, reason=fit_text(reason), obstacles=to_wire(obstacles)))
         except (TransferError, ProtocolError):
             self.lost()
 
@@ -130,9 +135,12 @@ def to_wire(obstacles: Sequence[Obstacle]) -> list[WireObstacle]:
     """Obstacles as they travel."""
     return [
         WireObstacle(
-            kind=obstacle.kind, what=obstacle.what, detail=obstacle.detail, hint=obstacle.hint
+            kind=fit_text(obstacle.kind),
+            what=fit_text(obstacle.what),
+            detail=fit_text(obstacle.detail),
+            hint=fit_text(obstacle.hint),
         )
-        for obstacle in obstacles
+        for obstacle in obstacles[:MAX_OBSTACLES]
     ]
 
 

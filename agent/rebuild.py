@@ -35,11 +35,11 @@ from agent.spaces import PROCESS_SPACE
 from agent.state.context import RestoreContext
 from agent.state.files import FileRestorer
 from agent.state.mm import open_exe, restore_mm
-from agent.state.shmem import SharedRestorer
+from agent.state.shmem import discard_shared, finish_shared, resize_shared, restore_shared
 from agent.state.task import TaskRestore, TaskState
 from agent.state.vma import LayoutMirror, find_gap, special_mappings
 from agent.target.inject import Batch, Injector
-from agent.target.restart import rearm_restart_block
+from agent.target.restart import apply_restart, rearm_restart_block
 from agent.target.tracer import Tracer
 from agent.types import Pid
 from protocol.messages import Hello
@@ -72,8 +72,8 @@ class Rebuild:
         self._cleanup = contextlib.ExitStack()
         self._placer = PagePlacer()
         self._cleanup.callback(self._placer.close)
-        self._shared = SharedRestorer()
-        self._cleanup.callback(self._shared.close)
+        self._objects: dict[int, SharedObject] = {}
+        self._object_fds: dict[int, int] = {}
         self._skeleton: Skeleton | None = None
         self._released = False
         self._open_files: dict[BackingFile, int] = {}
@@ -165,13 +165,13 @@ class Rebuild:
         self._placer.set_anonymous(PROCESS_SPACE, anonymous)
 
     def _move_out_of_the_way(self, layout: LayoutState) -> None:
-        scratch = self.injector.scratch_range
+        scratch = self.injector.scratch_range or (0, 0)
         if any(vma.start < scratch[1] and scratch[0] < vma.end for vma in layout.vmas):
             self.injector.move(find_gap([layout, self._mirror.layout], WORK_BYTES, above=1 << 32))
 
     def _backing_fd(self, vma: VmaState, backing: BackingFile | None) -> int:
         if vma.kind is VmaKind.OBJECT:
-            return self._shared.fd(vma.object_id)
+            return self._object_fd(vma.object_id)
         assert backing is not None
         fd = self._open_files.get(backing)
         if fd is None:
@@ -188,10 +188,23 @@ class Rebuild:
                 self._open_files[backing] = fd
         return fd
 
-    def add_object(self, object_id: int, state: SharedObject) -> None:
-        """Make a shared memory object, still empty."""
-        self._shared.create(object_id, state)
-        self._placer.add_file_space(object_id, self._shared.fd(object_id))
+    def describe_object(self, state: SharedObject) -> None:
+        """Make a shared memory object, still empty, or follow a newer description of one."""
+        known = self._objects.get(state.id)
+        if known is None:
+            fd = restore_shared(state)
+            self._cleanup.callback(os.close, fd)
+            self._placer.add_file_space(state.id, fd)
+            self._object_fds[state.id] = fd
+        elif known.size != state.size:
+            resize_shared(self._object_fds[state.id], state.size)
+        self._objects[state.id] = state
+
+    def _object_fd(self, object_id: int) -> int:
+        try:
+            return self._object_fds[object_id]
+        except KeyError:
+            raise TransferError(f"The source did not describe object {object_id}") from None
 
     def place(self, batch: PageBatch) -> None:
         """Land one batch of pages."""
@@ -215,7 +228,6 @@ class Rebuild:
             self.injector.run(batch)
         finally:
             os.close(exe_fd)
-        self._shared.finish()
 
     def _mapped_part(self, start: int, end: int) -> list[tuple[int, int]]:
         return [
@@ -226,7 +238,7 @@ class Rebuild:
 
     def digest(self) -> str:
         """Digest of all memory as the source computes it."""
-        scratch = self.injector.scratch_range
+        scratch = self.injector.scratch_range or (0, 0)
         entries = [
             entry
             for entry in parse_maps(read_maps(self.pid))
@@ -236,8 +248,13 @@ class Rebuild:
 
     # -- everything else -------------------------------------------------------------------------------
 
-    def finish_task(self, sections: Mapping[str, Sequence[object]]) -> None:
-        """Restore files, threads and the rest; afterwards every thread stands at its final registers."""
+    def finish_task(
+        self, sections: Mapping[str, Sequence[object]], restarts: Mapping[int, RestartState]
+    ) -> None:
+        """Restore files, threads and the rest; afterwards every thread stands at its final registers.
+
+        ``restarts`` are interrupted system calls by the thread's own id.
+        """
         states = [state for kind in sections.values() for state in kind]
         restore = TaskRestore(
             TaskState.from_sections(states), self.pid, keep_pdeath_signal=self.options.wait
@@ -247,7 +264,6 @@ class Rebuild:
         self.injector.run(early)
         self._restore_files(only(sections, "files", FilesState))
         self._restore_threads(restore)
-        restarts = [state for state in states if isinstance(state, RestartState)]
         self._finish_threads(restore, restarts)
 
     def _restore_files(self, files: FilesState) -> None:
@@ -257,7 +273,7 @@ class Rebuild:
             options=self.options,
             agent_pidfd=self.skeleton.agent_pidfd,
             reserved_fds=frozenset({self.skeleton.agent_pidfd}),
-            shared_fd=self._shared.fd,
+            shared_fd=self._object_fd,
         )
         self._restorer = FileRestorer(context)
         self._cleanup.callback(self._restorer.close)
@@ -271,15 +287,17 @@ class Rebuild:
         self.injector.run(batch)
         host_tids = restore.host_tids()
         for host_tid in host_tids.values():
-            if host_tid != self.pid:
+            if int(host_tid) != int(self.pid):
                 self.tracer.adopt(host_tid)
         leader = restore.state.process.pid
-        others = {host_tids[t.tid]: Batch() for t in restore.state.threads if t.tid != leader}
+        others: dict[int, Batch] = {host_tids[t.tid]: Batch() for t in restore.state.threads if t.tid != leader}
         for thread in restore.state.threads[1:]:
             restore.thread_calls(others[host_tids[thread.tid]], thread.tid)
         if others:
             self.injector.run_parallel(others)
         self._restorer.start()
+        for object_id, state in self._objects.items():
+            finish_shared(self._object_fds[object_id], state)
         last = Batch()
         last.call(nr.NR_prctl, PR_SET_PDEATHSIG, 0, name="prctl(PR_SET_PDEATHSIG)")
         restore.thread_calls(last, leader, elapsed_ns=self._elapsed_ns(restore))
@@ -295,16 +313,17 @@ class Rebuild:
         frozen_at = restore.state.process.clock_monotonic_ns - restore.state.process.monotonic_offset_ns
         return max(0, time.clock_gettime_ns(time.CLOCK_MONOTONIC) - frozen_at)
 
-    def _finish_threads(self, restore: TaskRestore, restarts: Sequence[RestartState]) -> None:
+    def _finish_threads(self, restore: TaskRestore, restarts: Mapping[int, RestartState]) -> None:
         host_tids = restore.host_tids()
+        dumped = {thread.tid: thread.regs for thread in restore.state.threads}
         overrides: dict[int, user_regs_struct] = {}
-        for state in restarts:
-            thread = self.tracer.threads[host_tids[state.tid]]
-            regs = rearm_restart_block(self.tracer, self.injector, thread, state)
-            if regs is not None:
-                overrides[state.tid] = regs
+        for tid, state in restarts.items():
+            thread = self.tracer.threads[host_tids[tid]]
+            result = rearm_restart_block(self.tracer, self.injector, thread, state)
+            regs = user_regs_struct.from_buffer_copy(dumped[tid])
+            overrides[tid] = apply_restart(regs, result)
         self.injector.close()
-        restore.finish_ptrace(overrides)
+        restore.finish_ptrace(self.tracer, overrides)
 
     # -- the end ---------------------------------------------------------------------------------------
 
@@ -328,6 +347,8 @@ class Rebuild:
             return
         if self._skeleton is not None:
             self._skeleton.kill()
+        for state in self._objects.values():
+            discard_shared(state)
         self._cleanup.close()
 
     def write_pidfile(self) -> None:

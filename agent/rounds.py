@@ -6,20 +6,23 @@ to the destination: shared objects and mappings come before the pages that go in
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 
 from agent.check import Target
-from agent.errors import RefusedError
+from agent.errors import DumpError, RefusedError
 from agent.link import Link
-from agent.pages.sender import PageSender
+from agent.pages.sender import PageCounters, PageSender
 from agent.ranges import RangeSet
 from agent.report import RoundReport
 from agent.spaces import PROCESS_SPACE
-from agent.state.shmem import SharedDumper
-from agent.tracker.base import DirtySet
+from agent.state.shmem import content_to_send, dump_shared, mapped_size
+from agent.tracker.base import DirtySet, SharedKey
 from agent.tracker.layout import is_shared_object, shared_key
+from agent.tracker.scan import ScanTracker
 from protocol.state import encode_section
+from protocol.state.shmem import SharedObject
 
 
 class RoundSender:
@@ -29,75 +32,66 @@ class RoundSender:
         self,
         link: Link,
         target: Target,
+        tracker: ScanTracker,
         sender: PageSender,
-        shared: SharedDumper,
         on_progress: Callable[[int, int, int], None],
     ) -> None:
         self._link = link
         self._target = target
+        self._tracker = tracker
         self._sender = sender
-        self._shared = shared
         self._on_progress = on_progress
-        self._known_objects: set[int] = set()
+        self._described: dict[int, SharedObject] = {}
         self._maps_text = b""
         self._flags: Mapping[int, frozenset[str]] = {}
         self._flags_text = b""
 
-    def learn_flags(self, dirty: DirtySet) -> None:
+    def learn_flags(self, maps_text: bytes) -> None:
         """Read the VmFlags that belong to a layout. Walks page tables: done while the target runs."""
-        if dirty.maps_text != self._flags_text:
+        if maps_text != self._flags_text:
             self._flags = self._target.vm_flags()
-            self._flags_text = dirty.maps_text
+            self._flags_text = maps_text
 
-    def send_layout(self, dirty: DirtySet) -> None:
-        """Send the mappings, and the shared objects they show, if they changed since the last time.
+    def watch_open_objects(self) -> None:
+        """Have the tracker watch the shared objects that the target has open, mapped or not."""
+        for key, fd in self._target.open_objects.items():
+            # Closed, or another file by now: the final look at the descriptors finds what there is.
+            with contextlib.suppress(OSError):
+                self._tracker.shared_watch.add(key, self._target.ctx.fetch_fd(fd))
+        self._target.ctx.drop_fetched()
+
+    def collect(self, *, final: bool) -> DirtySet:
+        """Have the tracker look, at what is open too."""
+        self.watch_open_objects()
+        return self._tracker.collect(final=final)
+
+    def send_round(self, number: int, dirty: DirtySet, *, final: bool = False) -> RoundReport:
+        """Send one round; the report says what it was and took.
 
         :raises RefusedError: a mapping appeared that cannot be carried.
         """
-        if dirty.maps_text == self._maps_text:
-            return
-        self.learn_flags(dirty)
-        obstacles = self._target.layout.check(dirty.maps, self._flags)
-        if obstacles:
-            raise RefusedError(
-                f"Process {self._target.pid} got a mapping that cannot be moved: {obstacles[0]}",
-                obstacles,
-            )
-        for entry in dirty.maps:
-            if is_shared_object(entry):
-                self.send_object(self._target.object_id(shared_key(entry)))
-        layout = self._target.layout.dump(dirty.maps, self._flags)
-        self._link.send(encode_section("layout", self._target.ns_pid, layout))
-        self._maps_text = dirty.maps_text
-
-    def send_object(self, object_id: int) -> None:
-        """Describe a shared object to the destination, once."""
-        if object_id not in self._known_objects:
-            self._known_objects.add(object_id)
-            self._link.send(encode_section("shared", object_id, self._shared.describe(object_id)))
-
-    def send_round(self, number: int, dirty: DirtySet) -> RoundReport:
-        """Send one round; the report says what it was and took."""
         started = time.monotonic()
         sent_before = self._link.channel.bytes_sent
-        self.send_layout(dirty)
-        for key in dirty.shared:
-            self.send_object(self._target.object_id(key))
+        self._send_objects(dirty)
+        self._send_layout(dirty)
         session = self._link.session
         self._link.send(session.round_begin())
         if dirty.absent:
             self._sender.send_absent(PROCESS_SPACE, dirty.absent)
-        self._sender.send_process_pages(PROCESS_SPACE, self._target.pid, dirty.pages)
+        expected = dirty.pages.nr_bytes
+        self._on_progress(number, 0, expected)
+        counters = self._sender.send_process_pages(
+            PROCESS_SPACE, self._target.pid, dirty.pages, final=final
+        )
+        self._tracker.forget(counters.gone)
+        pages_dirty = dirty.pages.nr_pages
         for key, ranges in dirty.shared.items():
-            self._send_shared(self._target.object_id(key), ranges)
+            pages_dirty += self._send_shared(key, ranges)
         totals = session.round_end()
         self._link.send(totals)
-        pages_dirty = dirty.pages.nr_pages + sum(
-            ranges.nr_pages for ranges in dirty.shared.values() if ranges is not None
-        )
         return RoundReport(
             round=number,
-            pages_dirty=max(pages_dirty, totals.pages_raw + totals.pages_zero),
+            pages_dirty=pages_dirty,
             pages_sent=totals.pages_raw + totals.pages_zero,
             pages_zero=totals.pages_zero,
             pages_absent=totals.pages_absent,
@@ -105,12 +99,48 @@ class RoundSender:
             seconds=time.monotonic() - started + dirty.stats.seconds,
         )
 
-    def _send_shared(self, object_id: int, ranges: RangeSet | None) -> None:
-        fd = self._shared.fd(object_id)
-        present, absent = self._shared.extents(object_id)
-        if ranges is None:
-            if absent:
-                self._sender.send_absent(object_id, absent)
-            self._sender.send_file_pages(object_id, fd, present)
-        else:
-            self._sender.send_file_pages(object_id, fd, ranges.intersect(present))
+    def _send_layout(self, dirty: DirtySet) -> None:
+        if dirty.maps_text == self._maps_text:
+            return
+        self.learn_flags(dirty.maps_text)
+        obstacles = self._target.layout.check(dirty.maps, self._flags, watched=True)
+        if obstacles:
+            raise RefusedError(
+                f"Process {self._target.pid} got a mapping that cannot be moved: {obstacles[0]}",
+                obstacles,
+            )
+        layout = self._target.layout.dump(dirty.maps, self._flags)
+        self._link.send(encode_section("layout", self._target.ns_pid, layout))
+        self._maps_text = dirty.maps_text
+
+    def _send_objects(self, dirty: DirtySet) -> None:
+        """Describe the shared objects that the destination does not know, or knows otherwise."""
+        mapped: dict[SharedKey, list[int]] = {}
+        for index, entry in enumerate(dirty.maps):
+            if is_shared_object(entry):
+                mapped.setdefault(shared_key(entry), []).append(index)
+        for key in {**mapped, **dirty.shared}:
+            entries = [dirty.maps[index] for index in mapped.get(key, ())]
+            object_id = self._target.object_id(key)
+            path = entries[0].path if entries else self._target.open_path(key)
+            state = dump_shared(
+                object_id, self._tracker.shared_watch.fd_of(key), path, size=mapped_size(entries)
+            )
+            if self._described.get(object_id) != state:
+                self._described[object_id] = state
+                self._link.send(encode_section("shared", object_id, state))
+
+    def _send_shared(self, key: SharedKey, ranges: RangeSet | None) -> int:
+        """Send dirty content of an object; returns how many pages that was."""
+        fd = self._tracker.shared_watch.fd_of(key)
+        if fd is None:
+            raise DumpError(
+                "Cannot read a shared memory object",
+                hint="CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN is needed",
+            )
+        object_id = self._target.object_id(key)
+        pages, absent = content_to_send(fd, ranges)
+        if absent:
+            self._sender.send_absent(object_id, absent)
+        sent: PageCounters = self._sender.send_file_pages(object_id, fd, pages)
+        return sent.pages_sent

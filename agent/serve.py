@@ -22,8 +22,8 @@ ACCEPT_RETRY_S = 0.5
 """Pause after a failed accept, which may fail again at once (out of file descriptors)."""
 
 Handler = Callable[[net.Channel], "int | None"]
-"""Carries out one migration: exit status, or None if the peer wanted something else (``--resolve``,
-a port scan), which does not count for ``--once``. The channel is closed for it."""
+"""Carries out one migration: exit status, or None if the peer wanted something else (``--resolve``),
+which does not count for ``--once``. The channel is closed for it."""
 
 
 def serve(options: RecvOptions, reporter: Reporter, handler: Handler) -> int:
@@ -59,6 +59,10 @@ def _serve_one(
         except UsageError:
             raise
         except (MigrationError, ProtocolError, OSError) as err:
+            if not channel.bytes_received and not channel.recorded:
+                # A port scan or a health check: not a migration, and nothing to fail.
+                _log.info("%s said nothing: %s", channel.peer, error_text(err))
+                return None
             if only_one:
                 raise
             _log.debug("Migration failed", exc_info=True)

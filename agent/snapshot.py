@@ -6,7 +6,10 @@ procfs and a few ptrace requests. Nothing here changes the target.
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Iterable
+from dataclasses import replace
 
 from agent.check import Target
 from agent.link import Link
@@ -17,10 +20,8 @@ from agent.state.files import dump_files
 from agent.state.mm import dump_mm, plan_brk
 from agent.state.task import TaskDump
 from agent.target.inject import Batch, Injector
-from agent.target.memory import TargetMemory
-from agent.target.restart import SleepSample, capture_restart
-from agent.target.tracer import TracedThread
-from agent.tracker.base import DirtySet
+from agent.target.restart import dump_restart
+from agent.target.tracer import TracedThread, Tracer
 from protocol.state import encode_section
 from protocol.state.limits import NR_LIMITS, RLIM_INFINITY, LimitsState, ResourceLimit
 from protocol.state.plan import PlanState
@@ -59,37 +60,39 @@ def _plan(target: Target) -> PlanState:
 
 def _clock_shift(pid: int) -> dict[str, int]:
     """How far the target's clocks are ahead of the agent's, in ns, by time namespaces."""
-    theirs, ours = read_timens_offsets(pid), read_timens_offsets(0)
+    theirs, ours = read_timens_offsets(pid), read_timens_offsets(os.getpid())
     return {name: theirs.get(name, 0) - ours.get(name, 0) for name in ("monotonic", "boottime")}
 
 
-def send_frozen_state(
-    link: Link,
-    target: Target,
-    injector: Injector,
-    threads: list[TracedThread],
-    samples: dict[int, SleepSample],
-    dirty: DirtySet,
-    *,
-    stop_signal: int,
+def send_files(link: Link, target: Target) -> None:
+    """Dump and send the open files; before the last round, since it shows which objects are open."""
+    link.send(encode_section("files", target.ns_pid, dump_files(target.ctx)))
+
+
+def send_task(
+    link: Link, target: Target, tracer: Tracer, threads: list[TracedThread], guards: Iterable[int]
 ) -> None:
-    """Dump and send everything but memory; every thread is stopped under this thread's ptrace.
+    """Dump and send everything but memory and files; every thread is stopped under this thread's ptrace.
 
     :raises MigrationError: something cannot be dumped; nothing was changed.
     """
-    memory = TargetMemory(target.pid)
-    dump = TaskDump(target.pid, threads, memory, stop_signal=stop_signal)
+    restarts = {thread.tid: dump_restart(thread, tracer.memory) for thread in threads}
+    dump = TaskDump(target.ctx, tracer)
     batches = {thread.tid: Batch() for thread in threads}
     brk = plan_brk(batches[target.pid])
     dump.plan(batches)
-    injector.run_parallel(batches)
-    task = dump.state()
-    for kind, owner, state in task.sections():
-        link.send(encode_section(kind, owner, state))
-    for thread, thread_state in zip(threads, task.threads, strict=True):
-        restart = capture_restart(thread, samples.get(thread.tid), memory)
+    with Injector(tracer) as injector:
+        injector.run_parallel(batches)
+        task = dump.state()
+    own_tids = {}
+    moved = []
+    for thread, state in zip(threads, task.threads, strict=True):
+        own_tids[thread.tid] = state.tid
+        moved.append(replace(state, regs=bytes(restarts[thread.tid][0])))
+    for kind, owner, section in replace(task, threads=tuple(moved)).sections():
+        link.send(encode_section(kind, owner, section))
+    for host_tid, (_regs, restart) in restarts.items():
         if restart is not None:
-            link.send(encode_section("restart", thread_state.tid, restart))
-    link.send(encode_section("files", target.ns_pid, dump_files(target.ctx)))
-    mm = dump_mm(target.pid, brk=brk.value, guards=dirty.guards.pairs)
+            link.send(encode_section("restart", own_tids[host_tid], restart))
+    mm = dump_mm(target.pid, brk=brk.value, guards=guards)
     link.send(encode_section("mm", target.ns_pid, mm))

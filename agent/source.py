@@ -25,24 +25,24 @@ from agent.errors import (
     TransferError,
     UndecidedError,
 )
-from agent.frames import RateLimiter
 from agent.hostfacts import gather_host_facts
-from agent.kernel.features import probe_features
+from agent.kernel.features import kernel_features
 from agent.link import Link, from_wire, refused_by
 from agent.options import SendOptions
+from agent.pages.compress import Compressor
 from agent.pages.digest import digest_process
 from agent.pages.sender import PageSender
+from agent.pages.throttle import BandwidthLimit
 from agent.policy import Action, Decision, PolicyLimits, RoundStats, decide
 from agent.procfs.process import list_children
 from agent.report import CompletedReport, PhaseClock, Reporter, RoundReport, downtime
 from agent.resolve import resolve
 from agent.rounds import RoundSender
 from agent.session_store import SessionStore
-from agent.snapshot import send_frozen_state, send_plan
-from agent.state.shmem import SharedDumper
+from agent.snapshot import send_files, send_plan, send_task
 from agent.target.inject import Injector
-from agent.target.restart import SleepSample, hide_eintr, sample_sleepers
-from agent.target.tracer import TracedThread, Tracer
+from agent.target.restart import hide_eintr
+from agent.target.tracer import TracedThread, Tracer, pick_injection_thread
 from agent.tracker.base import Tracker
 from agent.tracker.choose import choose_tracker
 from agent.tracker.create import create_uffd
@@ -121,10 +121,11 @@ class _Migration:
         self.reports: list[RoundReport] = []
         self.notes: list[str] = []
         self.store = SessionStore(options.state_dir)
+        self.limiter: BandwidthLimit | None = None
 
     def run(self) -> None:
         """Go through all phases."""
-        tracker_name = choose_tracker(self.options.tracker, probe_features())
+        tracker_name = choose_tracker(self.options.tracker, kernel_features())
         with self._phase("connect"):
             channel = net.connect(
                 self.address,
@@ -140,7 +141,7 @@ class _Migration:
                 self._handshake(link)
             with self._phase("prepare"):
                 self._prepare(link)
-            with self._armed() as tracker, self._rounds(link) as rounds:
+            with self._armed() as tracker, self._rounds(link, tracker) as rounds:
                 self._precopy(link, tracker, rounds)
                 with self.reporter.deferred():
                     report = self._switch_over(link, tracker, rounds)
@@ -192,16 +193,14 @@ class _Migration:
     # -- pre-copy: the target runs ---------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _armed(self) -> Iterator[Tracker]:
-        """Watch the target's memory for as long as the body runs."""
+    def _armed(self) -> Iterator[ScanTracker]:
+        """Watch the target's memory for as long as the body runs; only one thread is stopped, once."""
         with self._phase("arm"):
             with Tracer(self.target.pid) as tracer:
-                thread = tracer.stop_one()
+                thread = tracer.stop(pick_injection_thread(self.target.pid))
                 with Injector(tracer) as injector:
-                    uffd = create_uffd(injector, self.target.pidfd)
-                tracer.detach_all()
+                    uffd = create_uffd(injector, self.target.pidfd, thread)
             tracker = ScanTracker(self.target.pid, uffd)
-            del thread
         try:
             tracker.arm()
             yield tracker
@@ -209,23 +208,32 @@ class _Migration:
             tracker.disarm()
 
     @contextlib.contextmanager
-    def _rounds(self, link: Link) -> Iterator[RoundSender]:
-        limiter = RateLimiter(self.options.bandwidth_limit)
-        sender = PageSender(link, compress=self.options.compress, limiter=limiter)
-        with SharedDumper(self.target) as shared:
-            yield RoundSender(link, self.target, sender, shared, self.reporter.progress)
+    def _rounds(self, link: Link, tracker: ScanTracker) -> Iterator[RoundSender]:
+        method = self.options.compress
+        if self.options.bandwidth_limit:
+            self.limiter = BandwidthLimit(self.options.bandwidth_limit)
+        sender = PageSender(
+            link.send_raw,
+            compress=Compressor(method.method.value, method.level),
+            on_batch=link.session.page_batch_sent,
+            limiter=self.limiter,
+        )
+        try:
+            yield RoundSender(link, self.target, tracker, sender, self.reporter.progress)
+        finally:
+            sender.close()
 
     def _precopy(self, link: Link, tracker: Tracker, rounds: RoundSender) -> None:
         limits = PolicyLimits(
             downtime_limit_s=self.options.downtime_limit_s,
             max_rounds=self.options.max_rounds,
-            bandwidth_limit=self.options.bandwidth_limit,
+            bandwidth_bytes_per_s=self.options.bandwidth_limit,
         )
         self.phase = "rounds"
         while self.options.max_rounds:
             number = len(self.reports)
             start_s = self.clock.elapsed_s
-            dirty = tracker.collect(final=False)
+            dirty = rounds.collect(final=False)
             report = rounds.send_round(number, dirty)
             link.check_peer()
             self.clock.add(f"round {number}", start_s, self.clock.elapsed_s)
@@ -265,7 +273,6 @@ class _Migration:
         try:
             for _attempt in range(FREEZE_ATTEMPTS):
                 with Tracer(self.target.pid) as tracer:
-                    samples = sample_sleepers(self.target.pid)
                     frozen_ns = time.monotonic_ns()
                     with self._phase("freeze", frozen=True):
                         threads = tracer.stop_all()
@@ -274,31 +281,27 @@ class _Migration:
                         tracer.detach_all()
                         self._wait_for_children()
                         continue
-                    self._send_final(link, tracker, rounds, tracer, threads, samples)
+                    self._send_final(link, rounds, tracer, threads)
                     return self._finish(link, tracer, tracker, frozen_ns)
             raise SetupError(f"Process {self.target.pid} keeps starting child processes")
         finally:
             gc.enable()
 
     def _send_final(
-        self,
-        link: Link,
-        tracker: Tracker,
-        rounds: RoundSender,
-        tracer: Tracer,
-        threads: list[TracedThread],
-        samples: dict[int, SleepSample],
+        self, link: Link, rounds: RoundSender, tracer: Tracer, threads: list[TracedThread]
     ) -> None:
         for thread in threads:
-            hide_eintr(thread, samples.get(thread.tid))
+            hide_eintr(thread)
+        if self.limiter is not None:
+            self.limiter.enabled = False
+        link.send(Switchover())
+        with self._phase("files", frozen=True):
+            send_files(link, self.target)
         with self._phase("last round", frozen=True):
-            dirty = tracker.collect(final=True)
-            link.send(Switchover())
-            self.reports.append(rounds.send_round(len(self.reports), dirty))
-        with self._phase("final state", frozen=True), Injector(tracer) as injector:
-            send_frozen_state(
-                link, self.target, injector, threads, samples, dirty, stop_signal=tracer.stop_signal
-            )
+            dirty = rounds.collect(final=True)
+            self.reports.append(rounds.send_round(len(self.reports), dirty, final=True))
+        with self._phase("task", frozen=True):
+            send_task(link, self.target, tracer, threads, dirty.guards.pairs)
         digest = None
         if self.options.verify:
             with self._phase("digest", frozen=True):

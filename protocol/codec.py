@@ -360,22 +360,26 @@ def _decoder(cls: Any, lenient: bool) -> _Convert:
     def convert(wire: Any) -> Any:
         if type(wire) is not dict:
             raise _Mismatch(f"expected a map for {cls.__name__}, got {_show(wire)}")
-        if not lenient and not names.issuperset(wire):
-            unknown = next(name for name in wire if name not in names)
-            raise RemoteProtocolError(f"{cls.__name__}.{_show(unknown)}: unknown field")
-        values = {}
+        if not names.issuperset(wire):
+            unknown = [name for name in wire if name not in names]
+            if not lenient:
+                raise RemoteProtocolError(f"{cls.__name__}.{_show(unknown[0])}: unknown field")
+            for name in unknown:
+                del wire[name]
         name = ""
         try:
+            # Converted in place: nobody else holds the map.
             for name, exact, from_wire, required in plan:
                 if name in wire:
                     value = wire[name]
-                    values[name] = value if type(value) is exact else from_wire(value)
+                    if type(value) is not exact:
+                        wire[name] = from_wire(value)
                 elif required:
                     raise _Mismatch("field is missing")
         except _Mismatch as err:
             raise RemoteProtocolError(f"{cls.__name__}.{name}: {err}") from err
         try:
-            return cls(**values)
+            return cls(**wire)
         except _CHECK_ERRORS as err:
             raise RemoteProtocolError(f"{cls.__name__}: {err}") from err
 

@@ -28,6 +28,13 @@ _KIND_CHARS = frozenset(string.ascii_lowercase + string.digits + "_-.")
 MAX_KIND_CHARS = 64
 
 
+def fit_text(text: str) -> str:
+    """Return `text` cut to what a message may carry, with a mark where it was cut."""
+    if len(text) <= MAX_TEXT_CHARS:
+        return text
+    return text[: MAX_TEXT_CHARS - 3] + "..."
+
+
 def _check_text(what: str, text: str) -> None:
     if len(text) > MAX_TEXT_CHARS:
         raise ValueError(f"{what} has {len(text)} characters, limit {MAX_TEXT_CHARS}")

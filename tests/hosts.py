@@ -146,14 +146,16 @@ class Host:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.init_pid and self._unshare is not None and self._unshare.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.init_pid, signal.SIGKILL)
         if self._unshare is not None:
             for stream in (self._unshare.stdin, self._unshare.stdout):
                 if stream is not None:
                     stream.close()
-            self._unshare.wait(WAIT_S)
+            try:
+                self._unshare.wait(WAIT_S)
+            except subprocess.TimeoutExpired:
+                # --kill-child takes the init along.
+                self._unshare.kill()
+                self._unshare.wait(WAIT_S)
         for process in self._started:
             process.popen.wait(WAIT_S)
             for stream in (process.popen.stdin, process.popen.stdout, process.popen.stderr):

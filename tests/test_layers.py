@@ -35,7 +35,7 @@ def name_of(path: Path) -> str:
 
 def imports(path: Path) -> set[str]:
     """Dotted names of every module that the file imports; of `from a import b` both a and a.b."""
-    found = set()
+    found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(), str(path))):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)

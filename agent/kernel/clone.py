@@ -60,8 +60,8 @@ class clone_args(ctypes.Structure):
     ]
 
 
-# PyDLL keeps the GIL over the call. With CDLL another thread could hold it at the very moment of the fork, and the child,
-# where that thread does not exist, would wait for it for ever.
+# PyDLL keeps the GIL over the call. With CDLL another thread could hold it at the very moment of the
+# fork, and the child, where that thread does not exist, would wait for it for ever.
 _syscall = ctypes.PyDLL(None, use_errno=True)["syscall"]
 _syscall.argtypes = (c_long,) * 7
 _syscall.restype = c_long

@@ -1,8 +1,8 @@
 """What the running kernel can do, found out by trying each call once.
 
-Release strings are never compared: distributions backport, kernels are built without options, and sandboxes filter
-system calls. An errno that means "not here" becomes a missing feature with a reason; any other error is a surprise and is
-raised. Probing changes nothing outside this process and leaves nothing behind.
+Release strings are never compared: distributions backport, kernels are built without options, and sandboxes
+filter system calls. An errno that means "not here" becomes a missing feature with a reason; any other error is a
+surprise and is raised. Probing changes nothing outside this process and leaves nothing behind.
 """
 
 from __future__ import annotations

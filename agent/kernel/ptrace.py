@@ -183,8 +183,7 @@ def getregset(tid: int, nt: int) -> bytes:
     buffer = ctypes.create_string_buffer(_REGSET_BUFFER_BYTES)
     iov = iovec(ctypes.addressof(buffer), len(buffer))
     _request(PTRACE_GETREGSET, "PTRACE_GETREGSET", tid, nt, byref(iov))
-    length: int = iov.iov_len
-    return buffer.raw[:length]
+    return ctypes.string_at(buffer, iov.iov_len)
 
 
 def setregset(tid: int, nt: int, data: bytes) -> None:

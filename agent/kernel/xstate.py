@@ -1,7 +1,7 @@
 """The extended processor state (NT_X86_XSTATE): which components it has and how long it is.
 
-No CPUID instruction can be run from Python: the kernel tells through the register set of a stopped child. ``mask`` is XCR0,
-``size`` the bytes of the register set. Restoring needs every component of the source on the destination.
+No CPUID instruction can be run from Python: the kernel tells through the register set of a stopped child. ``mask``
+is XCR0, ``size`` the bytes of the register set. Restoring needs every component of the source on the destination.
 Sources: arch/x86/include/uapi/asm/sigcontext.h, arch/x86/include/asm/user.h (struct user_xstateregs).
 """
 

@@ -1,7 +1,8 @@
 """/proc/PID/maps: text to records, fast enough for tens of thousands of mappings per round.
 
-The kernel writes the text a page at a time: of a running target two parts may not fit together. Paths are as the kernel
-prints them: newline as ``\\012``, and `` (deleted)`` after the name of an unlinked file. Addresses are target addresses.
+The kernel writes the text a page at a time: of a running target two parts may not fit together. Paths are as the
+kernel prints them: newline as ``\\012``, and `` (deleted)`` after the name of an unlinked file. Addresses are target
+addresses.
 Source: proc_pid_maps(5).
 """
 

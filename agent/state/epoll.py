@@ -22,7 +22,7 @@ from agent.kernel.kcmp import kcmp_epoll_tfd
 from agent.procfs import fdinfo
 from agent.procfs.fdinfo import EpollTarget
 from agent.state.openfile import Description, DumpJob, FileKind, Item, RestoreJob
-from agent.target.inject import Batch, Call
+from agent.target.batch import Batch, Call
 from protocol.state.epoll import Epoll, EpollItem
 
 EPOLL_CTL_ADD, EPOLL_CTL_MOD = 1, 3
@@ -128,7 +128,8 @@ def _disarm_rest(
     for epfd, interest, fired in spent:
         if fired.value == 0:
             _control(job, table, epfd, EPOLL_CTL_MOD, interest, interest.events, batch)
-    job.ctx.injector.run(batch)
+    if len(batch):
+        job.ctx.injector.run(batch)
 
 
 def _add(

@@ -19,7 +19,7 @@ from agent.state.openfile import Description, DumpJob, Item
 from protocol.state.files import FileLock, LockKind
 
 if TYPE_CHECKING:
-    from agent.target.inject import Batch
+    from agent.target.batch import Batch
 
 F_SETLK = 6
 F_OFD_SETLK = 37

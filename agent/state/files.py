@@ -41,7 +41,7 @@ from agent.state.openfile import (
     read_owner,
 )
 from agent.state.registry import FILE_KINDS, kind_of
-from agent.target.inject import Batch
+from agent.target.batch import Batch
 from agent.types import Obstacle
 from protocol import codec
 from protocol.state.files import FILE_BODIES, FdEntry, FileOwner, FilesState, OpenFile
@@ -60,12 +60,14 @@ def check_files(ctx: DumpContext) -> list[Obstacle]:
     return obstacles + job.obstacles
 
 
-def dump_files(ctx: DumpContext) -> FilesState:
+def dump_files(ctx: DumpContext, *, content: bool = True) -> FilesState:
     """Describe all open files. The final dump must be made while every thread is stopped.
+
+    ``content`` False leaves out what is queued in pipes and sockets: enough for a preflight, and leaves no trace.
 
     :raises RefusedError: when something cannot be carried.
     """
-    job, state = _examine(ctx, content=True)
+    job, state = _examine(ctx, content=content)
     if job.obstacles or state is None:
         raise RefusedError(
             f"Cannot carry the open files of process {ctx.pid}: {job.obstacles[0]}", job.obstacles
@@ -336,7 +338,8 @@ class FileRestorer:
         second = Batch()
         _add_moves(second, state, order, slots)
         self._add_finish(second)
-        ctx.injector.run(second)
+        if len(second):
+            ctx.injector.run(second)
         for call in self._job.after:
             call()
 

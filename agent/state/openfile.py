@@ -24,7 +24,7 @@ from agent.types import Obstacle
 from protocol.state.files import FileOwner, OpenFile
 
 if TYPE_CHECKING:
-    from agent.target.inject import Batch
+    from agent.target.batch import Batch
 
 _log = logging.getLogger(__name__)
 

@@ -14,9 +14,10 @@ import struct
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Final
 
-from agent.kernel.siginfo import SIGSET_BYTES, SS_ONSTACK
+from agent.kernel.siginfo import ALL_SIGNALS, SIG_SETMASK, SIGSET_BYTES, SS_ONSTACK
 from agent.kernel.syscalls import (
     NR_rt_sigaction,
+    NR_rt_sigprocmask,
     NR_rt_sigqueueinfo,
     NR_rt_tgsigqueueinfo,
     NR_sigaltstack,
@@ -71,6 +72,15 @@ def restore_actions_calls(
         batch.call(
             NR_rt_sigaction, action.signal, batch.data(raw), 0, SIGSET_BYTES, name="rt_sigaction"
         )
+
+
+def block_signals_call(batch: Batch) -> None:
+    """Add the call that blocks every signal in the thread that runs ``batch``, for good.
+
+    What is queued for a thread that is being built must stay queued; threads it makes inherit this.
+    """
+    mask = batch.data(ALL_SIGNALS.to_bytes(SIGSET_BYTES, "little"))
+    batch.call(NR_rt_sigprocmask, SIG_SETMASK, mask, 0, SIGSET_BYTES, name="rt_sigprocmask")
 
 
 def signal_of(info: bytes) -> int:

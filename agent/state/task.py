@@ -28,8 +28,7 @@ from agent.kernel.clone import (
     CLONE_VM,
     clone_args,
 )
-from agent.kernel.prctl import PR_GET_TID_ADDRESS
-from agent.kernel.syscalls import NR_clone3, NR_prctl, NR_set_tid_address
+from agent.kernel.syscalls import NR_clone3
 from agent.procfs.process import list_tids
 from agent.procfs.status import Status, read_status, read_task_status
 from agent.procfs.timers import PosixTimer, read_timers
@@ -50,6 +49,7 @@ from agent.state.process import (
 )
 from agent.state.sched import check_sched_restore
 from agent.state.signals import (
+    block_signals_call,
     plan_actions,
     restore_actions_calls,
     restore_shared_pending_calls,
@@ -156,7 +156,6 @@ class TaskDump:
     def __init__(self, ctx: DumpContext, tracer: Tracer) -> None:
         pid = self._pid = ctx.pid
         self._threads = sorted(tracer.threads.values(), key=lambda t: (t.tid != pid, t.tid))
-        self._memory = tracer.memory
         # Which of the stopping signals it was makes no difference any more: SIGCONT ends each.
         stopped = any(thread.in_group_stop for thread in self._threads)
         self._stop_signal = int(signal.SIGSTOP) if stopped else 0
@@ -178,7 +177,7 @@ class TaskDump:
         self._limits = plan_limits(leader)
         self._actions = plan_actions(leader)
         self._thread_parts = [
-            plan_thread(batches[thread.tid], self._pid, thread, self._memory)
+            plan_thread(batches[thread.tid], self._pid, thread)
             for thread in self._threads
         ]
 
@@ -260,6 +259,7 @@ class TaskRestore:
 
     def process_calls(self, batch: Batch) -> None:
         """Step 3, in the leader, once memory and files are in place."""
+        block_signals_call(batch)
         actions = self.state.signals.actions
         restore_actions_calls(batch, actions, inherited=self._status.sig_ign)
         restore_process_calls(batch, self.state.process)
@@ -271,12 +271,7 @@ class TaskRestore:
         for thread in self.state.threads[1:]:
             set_tid = batch.data(struct.pack("=iI", thread.tid, 0))
             args = batch.data(bytes(clone_args(flags=_THREAD_FLAGS, set_tid_size=1)))
-            # The structure must hold the address of another blob, known only when the batch runs.
-            # The kernel writes it there: an address set as clear_child_tid is one that prctl puts
-            # wherever it is told. The leader's real one comes with its thread_calls().
-            batch.call(NR_set_tid_address, set_tid, name="set_tid_address")
-            at = args.at(clone_args.set_tid.offset)
-            batch.call(NR_prctl, PR_GET_TID_ADDRESS, at, name="prctl(PR_GET_TID_ADDRESS)")
+            args.patch_address(clone_args.set_tid.offset, set_tid)
             name = f"clone3({thread.tid})"
             batch.call(NR_clone3, args, ctypes.sizeof(clone_args), name=name)
 

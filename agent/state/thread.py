@@ -56,9 +56,10 @@ from agent.kernel.syscalls import (
 )
 from agent.kernel.xstate import LEGACY_AND_HEADER_BYTES, components_in_use, layout_of
 from agent.state.creds import plan_creds, restore_creds_calls
-from agent.state.rseq import read_rseq, restore_rseq_call, settle_rseq
+from agent.state.rseq import read_rseq, restore_rseq_call
 from agent.state.sched import plan_sched, restore_sched_calls
 from agent.state.signals import (
+    block_signals_call,
     plan_altstack,
     restore_altstack_call,
     restore_private_pending_calls,
@@ -68,7 +69,6 @@ from protocol.state.thread import ThreadState
 
 if TYPE_CHECKING:
     from agent.target.inject import Batch
-    from agent.target.memory import TargetMemory
     from agent.target.tracer import TracedThread
     from protocol.state.creds import CredState
 
@@ -92,13 +92,11 @@ class ThreadDump:
     """Makes the state, given the thread's own queued signals."""
 
 
-def plan_thread(
-    batch: Batch, pid: int, thread: TracedThread, memory: TargetMemory
-) -> Callable[[], ThreadDump]:
+def plan_thread(batch: Batch, pid: int, thread: TracedThread) -> Callable[[], ThreadDump]:
     """Read by ptrace what only ptrace knows, and add the calls for the rest to the thread's
     ``batch``.
 
-    The thread's registers are corrected first if it is inside an rseq critical section.
+    The registers are taken when the result is asked for: the injector may have to correct them.
 
     :raises DumpError: the thread runs 32-bit code, or handles its own system calls.
     """
@@ -112,7 +110,6 @@ def plan_thread(
             hint="programs run by Wine do; they cannot be moved",
         )
     rseq = read_rseq(tid)
-    settle_rseq(memory, thread, rseq)
     xstate = ptrace.getregset(tid, NT_X86_XSTATE)
 
     out = batch.buffer(_OUT.size)
@@ -186,6 +183,7 @@ def restore_thread_calls(
     ``pid`` is the process's own id, ``now`` the credentials that the thread was made with.
     ``keep_pdeath_signal`` is false for a process whose new parent, the agent, will soon exit.
     """
+    block_signals_call(batch)
     name = batch.data(state.name.ljust(_NAME_BYTES, b"\0"))
     batch.call(NR_prctl, PR_SET_NAME, name, name="prctl(PR_SET_NAME)")
     restore_sched_calls(batch, state.sched)

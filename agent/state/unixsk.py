@@ -91,6 +91,10 @@ def _find_peer(
     job: DumpJob, desc: Description, info: UnixInfo, table: dict[int, UnixInfo]
 ) -> tuple[UnixPeer, int, bytes] | None:
     if not info.peer:
+        # No inode: the peer was closed (then both directions are shut), or nobody has accepted it yet.
+        if info.type != socket.SOCK_DGRAM and info.shutdown != 3:
+            job.refuse(desc, "unix socket", "its connection is not accepted yet", "try again")
+            return None
         return UnixPeer.GONE, 0, b""
     inside = job.by_link().get(f"socket:[{info.peer}]")
     if inside:
@@ -154,8 +158,14 @@ def peek_queue(sock: socket.socket) -> list[UnixMessage] | None:
     if sock.type == socket.SOCK_STREAM:
         return _peek_stream(sock)
     # Datagrams are walked through with a peek offset, which is the socket's: it is put back at once.
+    # The kernel skips an empty datagram that was peeked at before, so that of several looks only the first one sees
+    # it, unless it comes first of all.
     before = sock.getsockopt(socket.SOL_SOCKET, SO_PEEK_OFF)
     messages: list[UnixMessage] = []
+    if before < 0 and sock.type == socket.SOCK_DGRAM:
+        first = _peek(sock, MAX_DATAGRAM)
+        if first is not None and not first.data:
+            messages.append(first)
     sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)
     try:
         while True:

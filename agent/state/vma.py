@@ -60,6 +60,9 @@ MAP_FLAGS = frozenset({"gd", "nr", "dp"})
 
 CARRIED_FLAGS = MAP_FLAGS | ADVICE_BY_FLAG.keys() | {"lo", "lf", "sl", "mw"}
 
+UFFD_FLAGS = frozenset({"um", "uw", "ui"})
+"""VmFlags of a range that is registered with a userfaultfd."""
+
 NO_FLAGS: frozenset[str] = frozenset()
 
 
@@ -78,13 +81,22 @@ class LayoutDumper:
     _known: dict[tuple[MapsEntry, frozenset[str]], VmaState] = field(default_factory=dict)
 
     def check(
-        self, entries: Sequence[MapsEntry], vm_flags: Mapping[int, frozenset[str]]
+        self,
+        entries: Sequence[MapsEntry],
+        vm_flags: Mapping[int, frozenset[str]],
+        *,
+        watched: bool = False,
     ) -> list[Obstacle]:
-        """Name every mapping that cannot be carried. Opens nothing, stops nothing."""
+        """Name every mapping that cannot be carried. Opens nothing, stops nothing.
+
+        ``watched``: Ferry's own userfaultfd is registered by now; the tracker finds others.
+        """
         obstacles: list[Obstacle] = []
         seen: dict[str, str] = {}
         for entry in entries:
             flags = vm_flags.get(entry.start, NO_FLAGS)
+            if watched:
+                flags -= UFFD_FLAGS
             reason = _unmovable(entry, flags)
             if not reason and _kind(entry) is VmaKind.FILE:
                 if entry.path not in seen:
@@ -187,11 +199,13 @@ def _kind(entry: MapsEntry) -> VmaKind:
 
 def _unmovable(entry: MapsEntry, flags: frozenset[str]) -> str:
     path = entry.path
+    if path in SPECIAL_NAMES or path in UNMAPPED_NAMES:
+        return ""
     if path.startswith("/SYSV"):
         return "System V shared memory is not carried yet"
     if "ht" in flags or path.startswith("/anon_hugepage"):
         return "hugetlbfs pages are not carried yet"
-    if "um" in flags or "uw" in flags or "ui" in flags:
+    if flags & UFFD_FLAGS:
         return "the process has a userfaultfd of its own on this range"
     if "ss" in flags:
         return "a shadow stack is not carried yet"

@@ -180,7 +180,7 @@ class Batch:
         cell_of: dict[int, int] = {}
 
         # Blobs come last, but constants may be their addresses: count the cells first.
-        nr_cells_limit = 7 * nr_records
+        nr_cells_limit = 7 * nr_records + 1
         blobs_at = _align(cells_at + 8 * nr_cells_limit)
         end = blobs_at
         for blob in self._blobs:
@@ -255,7 +255,7 @@ class Batch:
         """Bytes that pack() will need, at most."""
         nr_records = len(self.calls) + len(self._undo)
         blobs = sum(_align(max(blob.size, 8)) for blob in self._blobs)
-        return nr_records * (RECORD_BYTES + 7 * 8) + blobs + 2 * _ALIGNMENT
+        return nr_records * (RECORD_BYTES + 7 * 8) + 8 + blobs + 2 * _ALIGNMENT
 
 
 class Packed(NamedTuple):

@@ -38,8 +38,9 @@ from typing import Final
 
 from agent.errors import FreezeError, InjectError, TargetGone
 from agent.kernel import ptrace
-from agent.kernel.arch import SYSCALL_INSTRUCTION, user_regs_struct
+from agent.kernel.arch import SYSCALL_ARGUMENTS, SYSCALL_INSTRUCTION, user_regs_struct
 from agent.kernel.syscalls import NR_madvise, NR_mmap, NR_mremap, NR_munmap, syscall_name
+from agent.procfs.maps import parse_maps, read_maps
 from agent.target import restart
 from agent.target import routine_x86_64 as routine
 from agent.target.batch import Batch, Blob, BlobAddress, Call, Cell, Packed
@@ -61,6 +62,8 @@ _MREMAP_MAYMOVE: Final = 1
 _MREMAP_FIXED: Final = 2
 _MIN_SCRATCH_BYTES: Final = 128 * 1024
 _MIN_PERSISTENT_BYTES: Final = 1024 * 1024
+_HEAD_BYTES: Final = routine.CONTROL_BYTES + 8 * 8 + routine.RECORD_BYTES
+"""Before each batch: control area, and the cells and record of _prelude()."""
 RUN_TIMEOUT_S: Final = 30.0
 """How long a batch may take before the thread is given up as stuck."""
 
@@ -81,6 +84,8 @@ class Injector:
         self._hint = scratch_hint or 0
         self._scratch = 0
         self._scratch_bytes = 0
+        self._in_use = (0, 0)  # offsets of the last batch in the scratch mapping
+        self._fresh = False  # nothing has run since it was mapped
         self._host: TracedThread | None = None  # the thread that is in the routine (crash_safe)
         self._tail: Tail | None = None
 
@@ -131,19 +136,24 @@ class Injector:
     def _run(self, batches: Mapping[int, Batch], threads: list[TracedThread]) -> None:
         sizes = [_control_and_batch_bytes(batches[t.tid]) for t in threads]
         nr_workers = len(threads) - 1
-        total = sum(sizes) + nr_workers * routine.BLOCK_BYTES + PAGE_SIZE
+        total = _align(sum(sizes) + nr_workers * routine.BLOCK_BYTES)
         self._enter(threads[0], total)
         base = self._area_start()
+        fresh, self._fresh = self._fresh, False
         controls = []
         packed: list[Packed] = []
         for thread, size in zip(threads, sizes):
             controls.append(base)
-            packed.append(batches[thread.tid].pack(base + routine.CONTROL_BYTES))
+            packed.append(batches[thread.tid].pack(base + _HEAD_BYTES))
             base += size
         blocks = [base + i * routine.BLOCK_BYTES for i in range(nr_workers)]
         self._write_batches(threads, controls, packed, blocks)
-        self._start(threads, controls, packed, blocks)
-        self._finish(threads, controls)
+        try:
+            self._start(threads, controls, packed, blocks, fresh=fresh)
+            self._finish(threads, controls)
+        except BaseException:
+            self._recover_workers(threads[1:])
+            raise
         for thread, plan in zip(threads, packed):
             after = self._memory.read(plan.first, len(plan.content))
             batches[thread.tid].unpack(plan.first, after)
@@ -161,11 +171,14 @@ class Injector:
         nr_waited = len(blocks) if self.crash_safe else 0
         for index, (control, plan) in enumerate(zip(controls, packed)):
             head = struct.pack(
-                "<QQQ", 0, 0 if index else nr_waited, blocks[0] if blocks and not index else 0
+                "<QQQ16xQ",
+                0,
+                0 if index else nr_waited,
+                blocks[0] if blocks and not index else 0,
+                self._scratch,
             )
-            self._memory.write(
-                control, head.ljust(routine.CONTROL_BYTES, b"\0") + plan.content
-            )
+            head = head.ljust(routine.CONTROL_BYTES, b"\0")
+            self._memory.write(control, head + self._prelude(control) + plan.content)
         if not blocks:
             return
         if not self.crash_safe:
@@ -181,12 +194,24 @@ class Injector:
             at = routine.BLOCK_R15
             self._memory.write(block, content[:at] + struct.pack("<Q", block) + content[at + 8 :])
 
+    def _prelude(self, control: int) -> bytes:
+        """Return a record, to be made first in a fresh scratch mapping, that keeps it from children forked meanwhile.
+
+        Cells come first, the record right before the batch's own records.
+        """
+        cells = control + routine.CONTROL_BYTES
+        values = (NR_madvise, self._scratch, self._scratch_bytes, _MADV_DONTFORK, 0, 0, 0, 0)
+        pointers = [cells + 8 * index for index in range(7)]
+        return struct.pack("<8Q8Q", *values, *pointers, 0)
+
     def _start(
         self,
         threads: list[TracedThread],
         controls: list[int],
         packed: list[Packed],
         blocks: list[int],
+        *,
+        fresh: bool,
     ) -> None:
         # The leader first, but it stays stopped until all are ready: if the agent dies in between, the leader must
         # already be bound to wait for the others before it unmaps.
@@ -194,11 +219,13 @@ class Injector:
         for index, (thread, control, plan, block) in enumerate(
             zip(threads, controls, packed, addresses)
         ):
-            regs = thread.regs.copy()
+            # A skeleton's registers may have been changed by what it ran (arch_prctl): take them as they are.
+            regs = thread.regs.copy() if self.crash_safe else ptrace.getregs(thread.tid)
             regs.rip = self._code() + routine.BATCH
             regs.orig_rax = _U64
             regs.r15, regs.r12 = block, control
-            regs.rbx, regs.rbp = plan.first, plan.undo
+            prelude = routine.RECORD_BYTES if fresh and not index else 0
+            regs.rbx, regs.rbp = plan.first - prelude, plan.undo
             regs.r13, regs.r14 = plan.undo, plan.end
             if self.crash_safe and index:
                 self._prepare_worker(thread, block, regs)
@@ -208,7 +235,6 @@ class Injector:
             self._cont(thread)
 
     def _prepare_worker(self, thread: TracedThread, block: int, regs: user_regs_struct) -> None:
-        sigmask = thread.sigmask  # noqa: F841  # read before it is changed
         own_r15 = struct.pack("<Q", restart.healing_regs(thread.regs).r15)
         self._memory.write(block + routine.BLOCK_R15, own_r15)
         ptrace.setregs(thread.tid, regs)
@@ -220,7 +246,7 @@ class Injector:
         began = time.monotonic()
         looks = 0
         for thread, control in zip(threads, controls):
-            while not self._is_done(control):
+            while not self._is_done(thread, control):
                 looks += 1
                 if looks % 8 == 0:
                     self._serve_stops(threads)
@@ -236,11 +262,11 @@ class Injector:
         for thread in threads:
             self._stop_in_routine(thread)
 
-    def _is_done(self, control: int) -> bool:
+    def _is_done(self, thread: TracedThread, control: int) -> bool:
         try:
             return self._memory.read_u64(control + routine.CONTROL_DONE) != 0
         except OSError as err:
-            raise self._lost_control() from err
+            raise self._lost_control(thread) from err
 
     def _serve_stops(self, threads: list[TracedThread]) -> None:
         for thread in threads:
@@ -275,7 +301,7 @@ class Injector:
         ptrace.interrupt(thread.tid)
         self._wait_event_stop(thread)
         if not self._is_ours(ptrace.getregs(thread.tid).rip):
-            raise self._lost_control()
+            raise self._lost_control(thread)
 
     def _wait_event_stop(self, thread: TracedThread) -> None:
         while True:
@@ -286,24 +312,50 @@ class Injector:
             ptrace.interrupt(thread.tid)  # the stop that was taken used the last one up
             self._cont(thread, sig)
 
-    def _lost_control(self) -> InjectError:
+    def _lost_control(self, thread: TracedThread) -> InjectError:
         """The agent was too slow: the thread went its way, as it would have without an agent."""
-        if self._host is not None:
-            host = self._host
+        if thread is self._host:
             self._host = None
             self._scratch = self._scratch_bytes = 0
-            if not host.stopped:
-                ptrace.interrupt(host.tid)
-                self._wait_any(host)
-            host.forget()
+        if self.crash_safe:
+            self._wait_healed(thread)
         return InjectError(
             f"Process {self.tracer.pid} finished the injected system calls before the agent looked at them",
             hint="the agent got no CPU time for half a second; try again",
         )
 
-    def _wait_any(self, thread: TracedThread) -> None:
-        stop = self.tracer.wait_stop(thread)
-        thread.pending_stop_signal = stop.sig if stop.kind is StopKind.SIGNAL else 0
+    def _wait_healed(self, thread: TracedThread) -> None:
+        """Leave a thread that is on its way back alone until it is there, then stop it anew."""
+        deadline = time.monotonic() + RUN_TIMEOUT_S
+        while True:
+            if not thread.stopped:
+                ptrace.interrupt(thread.tid)
+                stop = self.tracer.wait_stop(thread)
+            else:
+                stop = None
+            sig = stop.sig if stop is not None and stop.kind is StopKind.SIGNAL else 0
+            if not self._is_ours(ptrace.getregs(thread.tid).rip) or time.monotonic() > deadline:
+                thread.forget()
+                thread.pending_stop_signal = sig
+                return
+            self._cont(thread, sig)
+            time.sleep(0.001)
+
+    def _recover_workers(self, workers: list[TracedThread]) -> None:
+        """After a failure: no thread but the host may go on using the scratch mapping."""
+        if not self.crash_safe:
+            return
+        for thread in workers:
+            try:
+                if not thread.stopped:
+                    ptrace.interrupt(thread.tid)
+                    self._wait_event_stop(thread)
+                if self._is_ours(ptrace.getregs(thread.tid).rip):
+                    self._restore_exactly(thread)
+                else:
+                    thread.forget()
+            except (ProcessLookupError, TargetGone):
+                log.debug("thread %d died in the routine", thread.tid)
 
     # -- entering and leaving a thread (crash_safe) --------------------------------------------------------------------
 
@@ -311,18 +363,23 @@ class Injector:
         if not self.crash_safe:
             self._ensure_persistent(thread, nr_bytes)
             return
-        if self._host is not None and (
-            self._host is not thread or nr_bytes > self._scratch_bytes
-        ):
+        # A new batch must not overwrite the last one: its undo records count until the thread is pointed elsewhere.
+        first, end = self._in_use
+        if end + nr_bytes <= self._scratch_bytes:
+            self._in_use = (end, end + nr_bytes)
+        elif nr_bytes <= first:
+            self._in_use = (0, nr_bytes)
+        elif self._host is not None:
+            self._leave()
+        if self._host is not None and self._host is not thread:
             self._leave()
         if self._host is None:
             self._map_scratch(thread, max(_MIN_SCRATCH_BYTES, _round_up(nr_bytes)))
+            self._in_use = (0, nr_bytes)
 
     def _map_scratch(self, thread: TracedThread, nr_bytes: int) -> None:
-        restart.leave_rseq_section(thread, self._memory)
-        if self._tail is None:
-            self._tail = Tail(self._memory, find_tail(self._memory))
-        tail = self._tail
+        self._study(thread)
+        tail = self._ensure_tail()
         healing = restart.healing_regs(thread.regs)
         tail.write(_block(thread, tail.exit_stub, nr_bytes, tail.gather), healing.rip)
         regs = thread.regs.copy()
@@ -342,8 +399,18 @@ class Injector:
                 f"Cannot map {nr_bytes} bytes in process {self.tracer.pid}: {os.strerror(-result)}",
                 errno=-result,
             )
-        self._scratch, self._scratch_bytes = result, nr_bytes
-        # A child that another thread forks meanwhile must not inherit it. (Its failure would do no harm.)
+        self._scratch, self._scratch_bytes, self._fresh = result, nr_bytes, True
+
+    def _study(self, thread: TracedThread) -> None:
+        """Learn everything about the stop that is lost when the thread runs: registers, mask, interrupted call."""
+        restart.settle(thread, self._memory)
+        restart.leave_rseq_section(thread, self._memory)
+        thread.sigmask  # noqa: B018  # reads it
+
+    def _ensure_tail(self) -> Tail:
+        if self._tail is None:
+            self._tail = Tail(self._memory, find_tail(self._memory))
+        return self._tail
 
     def _finish_call(self, thread: TracedThread) -> user_regs_struct:
         """Let the thread make the call it is set up for; return the registers right behind it."""
@@ -405,12 +472,7 @@ class Injector:
         if self.crash_safe:
             raise ValueError("remote_syscall() is not safe against the agent's death")
         before = ptrace.getregs(thread.tid)
-        regs = before.copy()
-        regs.rip, regs.orig_rax, regs.rax = self._syscall_instruction(), _U64, nr
-        for name, value in zip(("rdi", "rsi", "rdx", "r10", "r8", "r9"), (*args, *(0,) * 6)):
-            setattr(regs, name, value & _U64)
-        ptrace.setregs(thread.tid, regs)
-        result = self._finish_call(thread).result
+        result = self._call_at_instruction(thread, nr, args)
         ptrace.setregs(thread.tid, before)
         if -4096 < result < 0:
             raise InjectError(
@@ -418,6 +480,32 @@ class Injector:
                 errno=-result,
             )
         return result
+
+    def _call_at_instruction(self, thread: TracedThread, nr: int, args: tuple[int, ...]) -> int:
+        regs = ptrace.getregs(thread.tid)
+        regs.rip, regs.orig_rax, regs.rax = self._syscall_instruction(), _U64, nr
+        for name, value in zip(SYSCALL_ARGUMENTS, (*args, *(0,) * 6)):
+            setattr(regs, name, value & _U64)
+        ptrace.setregs(thread.tid, regs)
+        return self._finish_call(thread).result
+
+    def place(self, thread: TracedThread, content: bytes) -> int:
+        """Write bytes into the persistent scratch mapping and return their address, valid until the next run()."""
+        if self.crash_safe:
+            raise ValueError("Only a skeleton has a persistent scratch mapping")
+        self._ensure_persistent(thread, len(content) + PAGE_SIZE)
+        self._memory.write(self._area_start(), content)
+        return self._area_start()
+
+    def interrupted_syscall(self, thread: TracedThread, nr: int, *args: int) -> int:
+        """Make one call in ``thread`` with an interrupt waiting, all signals blocked; return the raw result.
+
+        A call that sleeps returns at once and leaves its restart block. Registers are not put back.
+        """
+        if self.crash_safe:
+            raise ValueError("interrupted_syscall() is not safe against the agent's death")
+        ptrace.setsigmask(thread.tid, ALL_BLOCKED)
+        return self._call_at_instruction(thread, nr, args)
 
     def move(self, new_addr: int, thread: TracedThread | None = None) -> None:
         """Move the scratch mapping to ``new_addr`` (nothing may be mapped there); all threads must be stopped."""
@@ -515,23 +603,22 @@ class Injector:
         return self._tail.block
 
     def _area_start(self) -> int:
-        return self._scratch if self.crash_safe else self._scratch + PAGE_SIZE
+        return self._scratch + (self._in_use[0] if self.crash_safe else PAGE_SIZE)
 
     def _chunks(self, threads: list[TracedThread]) -> list[list[TracedThread]]:
         """Split where the room for return addresses ends."""
         if not self.crash_safe or not threads:
             return [threads] if threads else []
-        if self._tail is None:
-            self._tail = Tail(self._memory, find_tail(self._memory))
+        tail = self._ensure_tail()
         leader = self._default_thread() if self._host is not None else threads[0]
         chunks: list[list[TracedThread]] = []
         rips: set[int] = set()
         if leader in threads:
             threads = [leader, *(t for t in threads if t is not leader)]
         for thread in threads:
-            restart.leave_rseq_section(thread, self._memory)
+            self._study(thread)
             rip = restart.healing_regs(thread.regs).rip
-            if not chunks or (rip not in rips and len(rips) == self._tail.nr_stubs):
+            if not chunks or (rip not in rips and len(rips) == tail.nr_stubs):
                 chunks.append([])
                 rips = set()
             elif chunks[-1]:
@@ -550,8 +637,6 @@ def _block(thread: TracedThread, stub: int, scratch_bytes: int, leave: int) -> b
 
 def find_syscall_instruction(tracer: Tracer) -> int:
     """Return the address of a ``syscall`` instruction in the target."""
-    from agent.procfs.maps import parse_maps, read_maps
-
     for entry in parse_maps(read_maps(tracer.pid)):
         if "x" not in entry.perms or entry.path == "[vsyscall]":
             continue
@@ -565,7 +650,7 @@ def find_syscall_instruction(tracer: Tracer) -> int:
 
 
 def _control_and_batch_bytes(batch: Batch) -> int:
-    return _align(routine.CONTROL_BYTES + batch.size_bytes())
+    return _align(_HEAD_BYTES + batch.size_bytes())
 
 
 def _round_up(nr_bytes: int) -> int:

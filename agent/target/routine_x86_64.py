@@ -50,8 +50,9 @@ BLOCK_BYTES: Final = 176
 CONTROL_DONE: Final = 0
 CONTROL_NR_WORKERS: Final = 8
 CONTROL_WORKERS: Final = 16
+CONTROL_SCRATCH: Final = 40
 CONTROL_BYTES: Final = 64
-"""done flag, number of other threads' blocks, address of the first of them, timespec of the wait."""
+"""done flag, number of other threads' blocks, address of the first of them, timespec of the wait, scratch mapping."""
 
 RECORD_BYTES: Final = 64
 RECORD_RESULT: Final = 56
@@ -64,8 +65,8 @@ UNMAP: Final = 0x014
 HEAL: Final = 0x01B
 BATCH: Final = 0x09E
 GATHER: Final = 0x12C
-PARK: Final = 0x196
-_EXIT_TAIL: Final = 0x1CB
+PARK: Final = 0x198
+_EXIT_TAIL: Final = 0x1CD
 
 CODE: Final = bytes.fromhex(
     # map:
@@ -176,27 +177,27 @@ CODE: Final = bytes.fromhex(
     "0f05"                    # 183 syscall
     "ebaa"                    # 185 jmp gather_again
     # gather_done:
-    "4c89e7"                  # 187 mov rdi,r12
-    "498bb7a0000000"          # 18a mov rsi,[r15 + scratch_size]
-    "e97efeffff"              # 191 jmp unmap
+    "498b7c2428"              # 187 mov rdi,[r12+0x28]
+    "498bb7a0000000"          # 18c mov rsi,[r15 + scratch_size]
+    "e97cfeffff"              # 193 jmp unmap
     # park:
-    "49c7042401000000"        # 196 mov [r12],0x1
-    "49c744241801000000"      # 19e mov [r12+0x18],0x1
-    "49c744242000000000"      # 1a7 mov [r12+0x20],0x0
-    "b80f010000"              # 1b0 mov eax,0x10f
-    "31ff"                    # 1b5 xor edi,edi
-    "31f6"                    # 1b7 xor esi,esi
-    "498d542418"              # 1b9 lea rdx,[r12+0x18]
-    "4531d2"                  # 1be xor r10d,r10d
-    "41b808000000"            # 1c1 mov r8d,0x8
-    "0f05"                    # 1c7 syscall
-    "ebcb"                    # 1c9 jmp park
+    "49c7042401000000"        # 198 mov [r12],0x1
+    "49c744241801000000"      # 1a0 mov [r12+0x18],0x1
+    "49c744242000000000"      # 1a9 mov [r12+0x20],0x0
+    "b80f010000"              # 1b2 mov eax,0x10f
+    "31ff"                    # 1b7 xor edi,edi
+    "31f6"                    # 1b9 xor esi,esi
+    "498d542418"              # 1bb lea rdx,[r12+0x18]
+    "4531d2"                  # 1c0 xor r10d,r10d
+    "41b808000000"            # 1c3 mov r8d,0x8
+    "0f05"                    # 1c9 syscall
+    "ebcb"                    # 1cb jmp park
     # exit_tail:
-    "4d8b7f70"                # 1cb mov r15,[r15 + r15]
-    "ff2500000000"            # 1cf jmp [rip+0x0]
+    "4d8b7f70"                # 1cd mov r15,[r15 + r15]
+    "ff2500000000"            # 1d1 jmp [rip+0x0]
     # exit_scratch:
-    "4d877f70"                # 1d5 xchg [r15 + r15],r15
-    "ff2500000000"            # 1d9 jmp [rip+0x0]
+    "4d877f70"                # 1d7 xchg [r15 + r15],r15
+    "ff2500000000"            # 1db jmp [rip+0x0]
 )
 
 ROUTINE: Final = CODE[:_EXIT_TAIL]

@@ -86,7 +86,8 @@ class TracedThread:
         self._sigmask: int | None = None
         self._siginfo: bytes | None = None
         self._regs_changed = False
-        self._eintr_examined = False
+        self.settled = False
+        """Whether restart.settle() has seen this stop."""
 
     def __repr__(self) -> str:
         return f"<TracedThread {self.tid} {'stopped' if self.stopped else 'running'}>"
@@ -134,7 +135,7 @@ class TracedThread:
         self._sigmask = None
         self._siginfo = None
         self._regs_changed = False
-        self._eintr_examined = False
+        self.settled = False
         self.pending_stop_signal = 0
         self.in_group_stop = False
 
@@ -338,6 +339,12 @@ class Tracer:
                     thread.pending_stop_signal = 0
                     thread.holds_sigstop = False
 
+    def spare_on_exit(self) -> None:
+        """Undo kill_on_exit for the stopped threads: a skeleton that was held outlives the agent."""
+        options = self._options & ~ptrace.PTRACE_O_EXITKILL
+        for thread in self.threads.values():
+            ptrace.setoptions(thread.tid, options)
+
     # -- waiting ----------------------------------------------------------------------------------------------------
 
     def wait_stop(self, thread: TracedThread, timeout_s: float = STOP_TIMEOUT_S) -> Stop:
@@ -417,7 +424,8 @@ class Tracer:
 
     def _before_release(self, thread: TracedThread) -> None:
         # EINTR that only our stop caused must not reach a program that did nothing to earn it.
-        restart.hide_eintr(thread)
+        if not self.kill_on_exit:
+            restart.settle(thread, self.memory)
         if thread._regs_changed and thread._regs is not None:
             ptrace.setregs(thread.tid, thread._regs)
             thread._regs_changed = False
@@ -470,6 +478,15 @@ class Tracer:
             f"Thread {thread.tid} of process {self.pid} did not stop within {timeout_s:g} s (state {state})",
             hint="a thread in uninterruptible sleep (state D: disk, NFS, vfork) cannot be stopped",
         )
+
+
+def release_hold(pid: int) -> None:
+    """Let a process go on whose hold() has outlived its agent; nothing happens to one that is not stopped.
+
+    A handler of SIGCONT, if the process has one, runs: there is no other way out of a group-stop.
+    """
+    if read_stat(pid).state == "T":
+        os.kill(pid, signal.SIGCONT)
 
 
 def pick_injection_thread(pid: int) -> int:

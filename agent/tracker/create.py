@@ -20,6 +20,7 @@ from agent.kernel.syscalls import NR_close, NR_userfaultfd
 
 if TYPE_CHECKING:
     from agent.target.inject import Injector
+    from agent.target.tracer import TracedThread
 
 CREATE_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK | uffd.UFFD_USER_MODE_ONLY
 
@@ -41,17 +42,17 @@ def adopt_uffd(pidfd: int, target_fd: int) -> int:
     return fd
 
 
-def create_uffd(injector: Injector, pidfd: int) -> int:
+def create_uffd(injector: Injector, pidfd: int, thread: TracedThread) -> int:
     """Create a userfaultfd in the stopped target, ready for ScanTracker; the target keeps no copy."""
     from agent.target.inject import Batch
 
     batch = Batch()
     created = batch.call(NR_userfaultfd, CREATE_FLAGS, name="userfaultfd")
-    injector.run(batch)
+    injector.run(batch, thread)
     target_fd = created.value
     try:
         return adopt_uffd(pidfd, target_fd)
     finally:
         undo = Batch()
         undo.call(NR_close, target_fd, name="close")
-        injector.run(undo)
+        injector.run(undo, thread)

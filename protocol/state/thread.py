@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from protocol.state import register
 from protocol.state.creds import CredState
+from protocol.state.restart import RestartState
 from protocol.state.sched import SchedState
 from protocol.state.signals import AltStack, check_pending
 
@@ -37,13 +38,17 @@ class RseqState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ThreadState:
-    """One thread. ``pending`` are the siginfo of the signals queued for this thread alone, in
-    order.
+    """One thread.
+
+    ``restart`` is the restart block to be built for an interrupted call whose rax says so
+    (restart_syscall(2)). ``pending`` are the siginfo of the signals queued for this thread alone,
+    in order.
     """
 
     tid: int
     name: bytes
     regs: bytes
+    restart: RestartState | None
     xstate: bytes
     sigmask: int
     altstack: AltStack

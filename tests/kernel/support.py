@@ -1,7 +1,7 @@
 """Situations for tests against the real kernel: a child that does what it is told, stopped children, tracked memory.
 
-A Puppet is a forked interpreter; ``puppet.run(function, *args)`` runs any importable function in it and gives the result
-or raises its exception here. Nothing here sleeps to synchronise: pipes, waitpid and conditions only.
+A Puppet is a forked interpreter; ``puppet.run(function, *args)`` runs any importable function in it and gives the
+result or raises its exception here. Nothing here sleeps to synchronise: pipes, waitpid and conditions only.
 """
 
 from __future__ import annotations

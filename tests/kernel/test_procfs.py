@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import os
 import select
@@ -11,11 +12,12 @@ import threading
 
 import pytest
 
+from agent.kernel import mman
 from agent.kernel.libc import syscall
-from agent.kernel.syscalls import NR_recvfrom, NR_timerfd_create
+from agent.kernel.syscalls import NR_recvfrom, NR_signalfd4, NR_timerfd_create
 from agent.procfs import fdinfo, files, maps, mountinfo, process, sched, smaps, stat, status
 from agent.procfs import syscall as proc_syscall
-from tests.kernel.support import PAGE, RW, puppet, wait_for
+from tests.kernel.support import PAGE, puppet, wait_for
 
 
 def test_maps_and_smaps_tell_of_the_same_mappings() -> None:
@@ -175,10 +177,6 @@ def test_fdinfo_has_locks_and_position() -> None:
 
 
 def test_fdinfo_of_a_signalfd_has_its_mask() -> None:
-    import ctypes
-
-    from agent.kernel.syscalls import NR_signalfd4
-
     mask = ctypes.c_uint64(1 << (signal.SIGUSR1 - 1))
     fd = syscall(NR_signalfd4, 2**64 - 1, ctypes.addressof(mask), 8, 0)
     try:
@@ -199,9 +197,4 @@ def test_large_maps_are_read_whole() -> None:
 
 
 def _protect(address: int) -> None:
-    from agent.kernel import mman
-
-
     mman.mprotect(address, PAGE, mman.PROT_READ)
-
-

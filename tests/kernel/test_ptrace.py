@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -20,7 +21,14 @@ from agent.kernel.syscalls import (
     NR_rt_sigqueueinfo,
 )
 from agent.procfs.status import read_status
-from tests.kernel.support import blocked_in, puppet, seize_and_stop, stopped_child, wait_for, wait_stop
+from tests.kernel.support import (
+    blocked_in,
+    puppet,
+    seize_and_stop,
+    stopped_child,
+    wait_for,
+    wait_stop,
+)
 
 
 def test_seized_child_stops_in_its_system_call() -> None:
@@ -218,3 +226,47 @@ def _timed_sleep(seconds: float) -> float:
 
 def _sleeps(pid: int) -> bool:
     return blocked_in(pid) in (NR_nanosleep, NR_clock_nanosleep, NR_restart_syscall)
+
+
+def test_stopped_target_goes_on_when_its_tracer_dies() -> None:
+    with puppet() as target, puppet() as tracer:
+        target.wait_idle()
+        tracer.run(seize_and_stop, target.pid, ptrace.PTRACE_O_TRACESYSGOOD)
+        assert read_status(target.pid).state == "t"
+        tracer.close()
+        assert target.run(os.getpid) == target.pid
+        assert read_status(target.pid).tracer_pid == 0
+
+
+def test_armed_system_call_stop_is_harmless_when_the_tracer_dies() -> None:
+    with puppet() as target, puppet() as tracer:
+        target.wait_idle()
+        tracer.run(seize_and_stop, target.pid, ptrace.PTRACE_O_TRACESYSGOOD)
+        tracer.run(ptrace.cont_to_syscall, target.pid)
+        tracer.close()
+        assert target.run(os.getpid) == target.pid
+        assert read_status(target.pid).tracer_pid == 0
+
+
+def test_exitkill_takes_the_target_along() -> None:
+    with puppet() as target, puppet() as tracer:
+        target.wait_idle()
+        tracer.run(seize_and_stop, target.pid, ptrace.PTRACE_O_EXITKILL)
+        tracer.close()
+        wait_for(lambda: read_status(target.pid).is_zombie, "the target to be killed")
+
+
+def test_request_from_another_thread_than_the_tracers_is_refused() -> None:
+    with stopped_child() as child:
+        errors: list[OSError] = []
+
+        def ask() -> None:
+            try:
+                ptrace.getregs(child.pid)
+            except OSError as err:
+                errors.append(err)
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        thread.join()
+        assert [type(err) for err in errors] == [ProcessLookupError]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from agent.errors import RefusedError
 from agent.state.files import preflight_files
 from protocol.state.inetsk import InetState
 from tests.kernel.files_support import Again, Options, body_of, live_child, restored
@@ -236,9 +237,16 @@ def test_unix_obstacles(tmp_path: Path) -> None:
         with live_child(tmp_path, code) as child:
             assert child.check()
             texts = {obstacle.what: obstacle.detail for obstacle in child.check()}
-            assert "another process" in texts["fd 50"]
+            assert "not accepted" in texts["fd 50"]
             assert "wait for accept" in texts["fd 51"]
-            assert "another process" in texts["fd 52"]
+            assert "not accepted" in texts["fd 52"]
+            server, _ = ours.accept()
+            assert "another process" in {o.what: o.detail for o in child.check()}["fd 50"]
+            server.close()
+            with pytest.raises(RefusedError) as caught:
+                child.dump()
+            refused = {obstacle.what: obstacle.detail for obstacle in caught.value.obstacles}
+            assert "in flight" in refused["fd 54"]
     finally:
         ours.close()
 

@@ -23,6 +23,7 @@ from protocol.messages import (
     StateEnd,
     decode_message,
     encode_message,
+    fit_text,
 )
 from tests.protocol.samples import HOST, MESSAGES, OBSTACLE, SECTION, SESSION
 
@@ -96,3 +97,10 @@ def change(name: str, **fields: Any) -> Callable[[], object]:
 def test_bad_message_cannot_be_made(make: Callable[[], object]) -> None:
     with pytest.raises(ValueError):
         make()
+
+
+def test_long_text_is_cut_to_fit() -> None:
+    assert fit_text("short") == "short"
+    cut = fit_text("x" * (MAX_TEXT_CHARS + 1))
+    assert len(cut) == MAX_TEXT_CHARS and cut.endswith("x...")
+    Abort(phase="x", reason=cut)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -13,7 +14,8 @@ from types import ModuleType
 
 import pytest
 
-from agent.address import Transport
+from agent import net
+from agent.address import Transport, parse_address
 from agent.cli import options as common
 from agent.cli import recv, send
 from agent.errors import MigrationError, RefusedError, TransferError, UndecidedError, UsageError
@@ -240,6 +242,36 @@ def test_events_of_stdio_go_to_stderr() -> None:
     assert reporter.json_stream is sys.stderr
     reporter = common.make_reporter("x", json=True, progress=None, stdio=False)
     assert reporter.json_stream is sys.stdout
+
+
+RECEIVER = """
+import sys, types
+from agent.cli import recv
+from agent.serve import serve
+stub = types.ModuleType("agent.destination")
+stub.receive = lambda options, reporter: serve(options, reporter, lambda channel: 0)
+sys.modules["agent.destination"] = stub
+sys.exit(recv.main())
+"""
+
+
+def test_receiver_says_where_it_listens_and_ends_cleanly_on_sigterm() -> None:
+    child = subprocess.Popen(
+        [sys.executable, "-c", RECEIVER, "--json", "tcp://127.0.0.1:0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout is not None and child.stderr is not None
+    event = json.loads(child.stdout.readline())
+    assert event["event"] == "listening"
+    with net.connect(parse_address(event["address"])):
+        pass
+    child.send_signal(signal.SIGTERM)
+    out, err = child.communicate(timeout=20)
+    assert child.returncode == 1
+    assert err == "agent-recv: Interrupted by SIGTERM\n"
+    assert [json.loads(line)["event"] for line in out.splitlines()] == ["failed"]
 
 
 def test_closed_standard_fds_do_no_harm() -> None:

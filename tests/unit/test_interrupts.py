@@ -54,3 +54,10 @@ def test_error_of_the_body_wins_over_the_signal() -> None:
         raise TransferError("x")
     with interrupts.shielded():
         pass
+
+
+def test_completed_body_may_drop_the_signal() -> None:
+    with interrupts.shielded(raise_after=False):
+        os.kill(os.getpid(), signal.SIGTERM)
+    with interrupts.shielded():
+        pass

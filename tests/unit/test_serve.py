@@ -12,6 +12,7 @@ import pytest
 
 from agent import net
 from agent.address import parse_address
+from agent.channel import PeerGone
 from agent.errors import SetupError, TransferError
 from agent.options import RecvOptions
 from agent.report import Reporter
@@ -27,7 +28,8 @@ def knock(path: Path, times: int) -> threading.Thread:
         for _ in range(times):
             while True:
                 try:
-                    net.connect(parse_address(f"unix:{path}")).close()
+                    with net.connect(parse_address(f"unix:{path}")) as channel:
+                        channel.send_buffers([b"!"])
                     break
                 except SetupError:
                     pass
@@ -54,6 +56,7 @@ def test_failed_migration_is_reported_and_the_next_one_served(tmp_path: Path) ->
 
     def handler(channel: net.Channel) -> int:
         channels.append(channel)
+        channel.recv_exactly_into(bytearray(1))
         if len(channels) == 1:
             raise TransferError("first")
         if len(channels) == 2:
@@ -78,6 +81,7 @@ def test_once_serves_one_migration_and_passes_its_status_on(tmp_path: Path) -> N
 
 def test_once_fails_with_its_migration(tmp_path: Path) -> None:
     def handler(channel: net.Channel) -> int:
+        channel.recv_exactly_into(bytearray(1))
         raise TransferError("only one")
 
     thread = knock(tmp_path / "s", 1)
@@ -93,3 +97,19 @@ def test_image_is_served_once_without_a_listening_event(tmp_path: Path) -> None:
     options = RecvOptions(address=parse_address(f"file:{path}"))
     assert serve(options, Reporter(json_stream=stream), lambda channel: None) == 0
     assert stream.getvalue() == ""
+
+
+def test_port_scan_does_not_use_up_the_one_migration(tmp_path: Path) -> None:
+    calls: list[net.Channel] = []
+
+    def handler(channel: net.Channel) -> int:
+        calls.append(channel)
+        if len(calls) == 1:
+            raise PeerGone("closed at once")
+        return 0
+
+    thread = knock(tmp_path / "s", 2)
+    status, events = run_serve(tmp_path / "s", handler, once=True)
+    thread.join(10)
+    assert (status, len(calls)) == (0, 2)
+    assert [event["event"] for event in events] == ["listening"]

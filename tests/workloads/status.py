@@ -1,8 +1,8 @@
 """How a workload tells the test what it sees: one JSON line per note, appended to a file.
 
-Every note carries a sequence number, the pid, both clocks and the host's name, so a test reads from
-the file alone that the same process goes on, where, and since when. A note with an "error" is a failed self-check. Standard library only;
-an O_APPEND write per note, no buffering: nothing is lost whatever happens to the process.
+Every note carries a sequence number, the pid, both clocks and the host's name, so a test reads from the file alone
+that the same process goes on, where, and since when. A note with an "error" is a failed self-check. Standard library
+only; an O_APPEND write per note, no buffering: nothing is lost whatever happens to the process.
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ from agent.procfs.status import parse_status
 from agent.procfs.timers import PosixTimer as MadeTimer
 from agent.state.creds import check_creds_restore, creds_of, parse_creds
 from agent.state.limits import check_limits_restore
-from agent.state.rseq import abort_address
 from agent.state.sched import check_sched_restore
 from agent.state.signals import without_stops
 from agent.state.task import TaskState
@@ -223,14 +222,6 @@ def test_alarm_still_to_come_is_kept() -> None:
     )
     kill_by_user = siginfo(14, 0)
     assert settle_expired(state, [kill_by_user], window_ns=1_000_000) == state
-
-
-@pytest.mark.parametrize(
-    ("rip", "expected"),
-    [(0xFFF, None), (0x1000, 0x9000), (0x101F, 0x9000), (0x1020, None), (0, None)],
-)
-def test_critical_section_is_aborted_exactly_inside(rip: int, expected: int | None) -> None:
-    assert abort_address(rip, struct.pack("=IIQQQ", 0, 0, 0x1000, 0x20, 0x9000)) == expected
 
 
 def xstate(size: int, mask: int, in_use: int) -> bytes:

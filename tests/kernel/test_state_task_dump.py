@@ -1,0 +1,348 @@
+"""A whole live task: dumped by injection, restored into another process, dumped again: both must
+agree.
+
+The destination is a fork of the source: it has the same memory, so that addresses registered with
+the kernel exist, but a single thread and none of the state.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import os
+import resource
+import signal
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import pytest
+
+from agent.kernel import ptrace
+from agent.kernel.arch.x86_64 import NT_X86_XSTATE, user_regs_struct
+from agent.kernel.libc import syscall
+from agent.kernel.prctl import (
+    PR_SET_CHILD_SUBREAPER,
+    PR_SET_NAME,
+    PR_SET_PDEATHSIG,
+    PR_SET_TIMERSLACK,
+    prctl,
+)
+from agent.kernel.siginfo import signals_of, sigset
+from agent.kernel.syscalls import (
+    NR_gettid,
+    NR_ioprio_set,
+    NR_rseq,
+    NR_rt_tgsigqueueinfo,
+    NR_setfsuid,
+    NR_sigaltstack,
+    NR_timer_create,
+    NR_timer_settime,
+)
+from agent.procfs.process import list_tids
+from agent.state.context import DumpContext
+from agent.state.task import TaskDump, TaskRestore, TaskState, check_task_restore
+from agent.target.inject import Batch, Injector
+from agent.target.tracer import Tracer
+from agent.types import Pid
+from tests.kernel.support import Puppet, puppet, skip_unless_root, wait_for
+
+WORKER_MASK = sigset([signal.SIGUSR1, signal.SIGUSR2, 40, signal.SIGTERM, signal.SIGALRM])
+_kept: list[object] = []
+
+
+def _name(name: bytes) -> None:
+    buffer = ctypes.create_string_buffer(name)
+    prctl(PR_SET_NAME, ctypes.addressof(buffer))
+
+
+def _queue(tid: int, signo: int, value: int) -> None:
+    info = struct.pack("=iii4xiIQ", signo, 0, -1, os.getpid(), 7, value).ljust(128, b"\0")
+    buffer = ctypes.create_string_buffer(info, 128)
+    syscall(NR_rt_tgsigqueueinfo, os.getpid(), tid, signo, ctypes.addressof(buffer))
+
+
+def _worker(ready: threading.Event) -> None:
+    tid = syscall(NR_gettid)
+    _name(b"odd \xff worker")
+    # Not less than the main thread: a signal of the process is taken by any thread that lets it.
+    signal.pthread_sigmask(signal.SIG_SETMASK, signals_of(WORKER_MASK))
+    _queue(tid, 40, 1)
+    _queue(tid, 40, 2)
+    signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+    stack = ctypes.create_string_buffer(65536)
+    altstack = ctypes.create_string_buffer(
+        struct.pack("=QIIQ", ctypes.addressof(stack), 0, 0, 65536)
+    )
+    syscall(NR_sigaltstack, ctypes.addressof(altstack), 0)
+    _kept.extend((stack, altstack))
+    os.sched_setaffinity(0, {0})
+    os.setpriority(os.PRIO_PROCESS, 0, 9)
+    prctl(PR_SET_TIMERSLACK, 77777)
+    prctl(PR_SET_PDEATHSIG, signal.SIGUSR2)
+    syscall(NR_ioprio_set, 1, 0, 3 << 13)
+    if os.geteuid() == 0:
+        syscall(NR_setfsuid, 1234)
+    event = ctypes.create_string_buffer(struct.pack("=Qiii44x", 0xABCD, 41, 4, tid))
+    ident = ctypes.c_int()
+    syscall(NR_timer_create, 3, ctypes.addressof(event), ctypes.addressof(ident))
+    spec = ctypes.create_string_buffer(struct.pack("=qqqq", 0, 0, 500, 0))
+    syscall(NR_timer_settime, ident.value, 0, ctypes.addressof(spec), 0)
+    ready.set()
+    while True:
+        time.sleep(1000)
+
+
+def become_rich() -> None:
+    """Give this process a state in which no field has the value that it would have by itself."""
+    os.umask(0o031)
+    os.chdir("/usr")
+    os.nice(3)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, 300))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 1 << 20))
+    signal.signal(signal.SIGUSR1, lambda *_: None)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.siginterrupt(signal.SIGUSR1, False)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGALRM})
+    os.kill(os.getpid(), signal.SIGTERM)
+    signal.setitimer(signal.ITIMER_REAL, 0.001, 4)  # goes off at once and stays queued
+    signal.setitimer(signal.ITIMER_VIRTUAL, 300, 2)
+    while signal.SIGALRM not in signal.sigpending():
+        time.sleep(0.001)
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    _name(b"main")
+    event = ctypes.create_string_buffer(struct.pack("=Qii48x", 0x1234, 42, 0))
+    ident = ctypes.c_int()
+    syscall(NR_timer_create, 1, ctypes.addressof(event), ctypes.addressof(ident))
+    spec = ctypes.create_string_buffer(struct.pack("=qqqq", 7, 1, 900, 0))
+    syscall(NR_timer_settime, ident.value, 0, ctypes.addressof(spec), 0)
+    for _ in range(2):
+        ready = threading.Event()
+        threading.Thread(target=_worker, args=(ready,), daemon=True).start()
+        ready.wait()
+
+
+def context_of(pid: int) -> DumpContext:
+    return cast(DumpContext, type("Ctx", (), {"pid": Pid(pid)}))
+
+
+def dump(tracer: Tracer, *, crash_safe: bool = True) -> TaskState:
+    """Dump the process of ``tracer`` while it is stopped."""
+    with Injector(tracer, crash_safe=crash_safe) as injector:
+        return dump_with(tracer, injector)
+
+
+def dump_with(tracer: Tracer, injector: Injector) -> TaskState:
+    batches = {tid: Batch() for tid in tracer.threads}
+    task = TaskDump(context_of(tracer.pid), tracer)
+    task.plan(batches)
+    injector.run_parallel(batches)
+    return task.state()
+
+
+@contextmanager
+def rich_child() -> Iterator[Puppet]:
+    with puppet() as child:
+        child.run(become_rich)
+        child.wait_idle()
+        yield child
+
+
+def test_dump_shows_what_was_set() -> None:
+    with rich_child() as child:
+        tids = list_tids(child.pid)
+        with Tracer(child.pid) as tracer:
+            tracer.stop_all()
+            state = dump(tracer)
+        assert state.process.pid == child.pid
+        assert [thread.tid for thread in state.threads] == tids
+        assert (state.process.umask, state.process.cwd) == (0o031, "/usr")
+        assert state.process.child_subreaper
+        nofile = state.limits.limits[resource.RLIMIT_NOFILE]
+        assert (nofile.soft, nofile.hard) == (200, 300)
+        actions = {action.signal: action.handler for action in state.signals.actions}
+        assert actions[signal.SIGUSR1] > 1 and actions[signal.SIGHUP] == 1
+        pending = [int.from_bytes(info[:4], "little") for info in state.signals.pending]
+        assert sorted(pending) == [signal.SIGALRM, signal.SIGTERM]
+        real, virtual = state.timers.interval_timers
+        assert real.interval_ns == 4_000_000_000
+        # The kernel adds a tick to the timers of CPU time.
+        assert 200e9 < virtual.remaining_ns <= 300.1e9
+        to_process, first, second = state.timers.posix_timers
+        assert (to_process.signal, to_process.sigval, to_process.notify) == (42, 0x1234, 0)
+        assert 800e9 < to_process.remaining_ns <= 900e9
+        assert [first.thread_id, second.thread_id] == tids[1:]
+        assert first.notify == 4
+
+        main, worker, _ = state.threads
+        assert (main.name, main.sched.nice) == (b"main", 3)
+        assert main.sigmask & sigset([signal.SIGTERM, signal.SIGALRM])
+        assert worker.name == b"odd \xff worker"
+        assert worker.sigmask == WORKER_MASK
+        queued = [int.from_bytes(info[:4], "little") for info in worker.pending]
+        assert sorted(queued) == [signal.SIGUSR1, 40, 40]
+        assert worker.altstack.size == 65536
+        assert (worker.sched.nice, worker.sched.affinity_all) == (9, os.cpu_count() == 1)
+        assert worker.sched.timer_slack_ns == 77777
+        assert worker.sched.ioprio == 3 << 13
+        assert worker.pdeath_signal == signal.SIGUSR2
+        assert worker.clear_child_tid and worker.robust_list_head
+        if os.geteuid() == 0:
+            assert worker.creds.uids[3] == 1234
+        assert check_task_restore(state) == []
+
+
+def test_dumping_leaves_no_trace() -> None:
+    with rich_child() as child:
+        with Tracer(child.pid) as tracer:
+            tracer.stop_all()
+            first = dump(tracer)
+        child.wait_idle()
+        assert child.run(os.getpid) == child.pid
+        child.wait_idle()
+        with Tracer(child.pid) as tracer:
+            tracer.stop_all()
+            second = dump(tracer)
+        assert same_but_times(first) == same_but_times(second)
+
+
+def same_but_times(state: TaskState) -> TaskState:
+    """Return ``state`` without what depends on the moment: clocks, remaining times, registers."""
+    process = dataclasses.replace(
+        state.process, clock_monotonic_ns=0, clock_boottime_ns=0, clock_realtime_ns=0
+    )
+    timers = dataclasses.replace(
+        state.timers,
+        interval_timers=tuple(
+            dataclasses.replace(timer, remaining_ns=0) for timer in state.timers.interval_timers
+        ),
+        posix_timers=tuple(
+            # A timer of a thread's own CPU time names the thread once it was carried.
+            dataclasses.replace(
+                timer, remaining_ns=0, clock_id=-2 if timer.thread_id else timer.clock_id
+            )
+            for timer in state.timers.posix_timers
+        ),
+    )
+    threads = tuple(
+        dataclasses.replace(thread, regs=bytes(216), xstate=bytes(576)) for thread in state.threads
+    )
+    return dataclasses.replace(state, process=process, timers=timers, threads=threads)
+
+
+def without_sigmask(state: TaskState) -> TaskState:
+    threads = tuple(dataclasses.replace(thread, sigmask=0) for thread in state.threads)
+    return dataclasses.replace(state, threads=threads)
+
+
+def fork_twin() -> int:
+    """Fork this process; the twin only waits."""
+    pid = os.fork()
+    if pid == 0:
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        while True:
+            signal.pause()
+    return pid
+
+
+def in_twin(state: TaskState, pid: int) -> TaskState:
+    """Return ``state`` with the twin's pid for the leader: the original may still own its own."""
+    return dataclasses.replace(
+        state,
+        process=dataclasses.replace(state.process, pid=pid, pgid=pid, sid=pid),
+        threads=(dataclasses.replace(state.leader, tid=pid), *state.threads[1:]),
+    )
+
+
+def make_bare(injector: Injector, state: TaskState) -> None:
+    """Undo what a fork, other than a new skeleton, inherits: the rseq registration."""
+    rseq = state.leader.rseq
+    if rseq is not None:
+        batch = Batch()
+        batch.call(NR_rseq, rseq.addr, rseq.size, 1, rseq.sig, name="rseq")
+        injector.run(batch)
+
+
+def restore(tracer: Tracer, injector: Injector, state: TaskState) -> TaskRestore:
+    """All steps but the last one."""
+    task = TaskRestore(state, tracer.pid, keep_pdeath_signal=True)
+    for step in (task.early_calls, task.process_calls, task.clone_calls):
+        batch = Batch()
+        step(batch)
+        injector.run(batch, tracer.leader)
+    for tid in list(tracer.new_children):
+        tracer.adopt(tid)
+    host_tids = task.host_tids()
+    batches = {}
+    for thread in state.threads[1:]:
+        batches[host_tids[thread.tid]] = batch = Batch()
+        task.thread_calls(batch, thread.tid)
+    if batches:
+        injector.run_parallel(batches)
+    batch = Batch()
+    task.thread_calls(batch, state.process.pid)
+    injector.run(batch, tracer.leader)
+    task.verify()
+    task.write_files()
+    return task
+
+
+def test_restored_task_dumps_as_the_original() -> None:
+    skip_unless_root()
+    with rich_child() as child:
+        twin = child.run(fork_twin)
+        try:
+            child.wait_idle()
+            with Tracer(child.pid) as tracer:
+                tracer.stop_all()
+                original = in_twin(dump(tracer), twin)
+            child.close()  # its thread ids are needed now
+            wait_for(lambda: not os.path.exists(f"/proc/{child.pid}"), "the source to be gone")
+            with Tracer(twin, kill_on_exit=True) as tracer:
+                tracer.stop_all()
+                injector = Injector(tracer, crash_safe=False)
+                make_bare(injector, original)
+                task = restore(tracer, injector, original)
+                again = dump_with(tracer, injector)
+                assert without_sigmask(same_but_times(again)) == without_sigmask(
+                    same_but_times(original)
+                )
+                task.finish_ptrace(tracer)
+                for thread in original.threads:
+                    regs = ptrace.getregs(thread.tid)
+                    assert regs == user_regs_struct.from_buffer_copy(thread.regs)
+                    assert ptrace.getregset(thread.tid, NT_X86_XSTATE) == thread.xstate
+                    assert ptrace.getsigmask(thread.tid) == thread.sigmask
+                os.kill(twin, signal.SIGKILL)
+        finally:
+            try:
+                os.kill(twin, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+
+
+def become_nobody_with_threads() -> None:
+    os.setgroups([5])
+    os.setresgid(1000, 1000, 1000)
+    os.setresuid(1000, 1000, 1000)
+    threading.Thread(target=signal.pause, daemon=True).start()
+
+
+@pytest.mark.parametrize("rounds", [3])
+def test_unprivileged_process_can_be_dumped(rounds: int) -> None:
+    skip_unless_root()
+    with puppet() as child:
+        child.run(become_nobody_with_threads)
+        for _ in range(rounds):
+            with Tracer(child.pid) as tracer:
+                tracer.stop_all()
+                state = dump(tracer)
+            for thread in state.threads:
+                assert thread.creds.uids == (1000,) * 4
+                assert thread.creds.cap_permitted == 0
+            assert state.process.dumpable in (0, 2)
+            assert child.run(os.getuid) == 1000

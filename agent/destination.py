@@ -55,7 +55,6 @@ from protocol.messages import (
 from protocol.pages import PageBatch
 from protocol.session import Role, SessionState
 from protocol.state import decode_section, load_all
-from protocol.state.restart import RestartState
 from protocol.version import choose_version, explain_refusal
 
 _log = logging.getLogger(__name__)
@@ -120,7 +119,6 @@ class _Migration:
         self.clock = PhaseClock()
         self.phase = "handshake"
         self.sections: dict[str, list[object]] = {}
-        self.restarts: dict[int, RestartState] = {}
         self.rebuild: Rebuild | None = None
 
     def run(self) -> int:
@@ -142,7 +140,7 @@ class _Migration:
                     digest = self._restore(rebuild, end)
                 if not self.link.recorded:
                     self.link.send(Restored(digest=digest))
-                with self._phase("commit"), interrupts.shielded():
+                with self._phase("commit"), interrupts.shielded(raise_after=False):
                     self._commit(rebuild)
         finally:
             gc.enable()
@@ -205,11 +203,7 @@ class _Migration:
         )
 
     def _keep(self, section: StateSection) -> None:
-        state = decode_section(section)
-        if isinstance(state, RestartState):
-            self.restarts[section.owner_id] = state
-        else:
-            self.sections.setdefault(section.kind, []).append(state)
+        self.sections.setdefault(section.kind, []).append(decode_section(section))
 
     def _next(self) -> Message | PageBatch:
         message = self.link.receive()
@@ -252,7 +246,7 @@ class _Migration:
                     f"Memory of process {rebuild.pid} differs from the source's: digest {digest} "
                     f"instead of {end.digest}"
                 )
-        rebuild.finish_task(self.sections, self.restarts)
+        rebuild.finish_task(self.sections)
         return digest
 
     def _commit(self, rebuild: Rebuild) -> None:

@@ -20,8 +20,8 @@ import time
 from collections.abc import Mapping, Sequence
 
 from agent.errors import RestoreError, TransferError
+from agent.kernel import ptrace
 from agent.kernel import syscalls as nr
-from agent.kernel.arch import user_regs_struct
 from agent.kernel.mman import MADV_DONTNEED, MREMAP_FIXED, MREMAP_MAYMOVE
 from agent.kernel.prctl import PR_SET_PDEATHSIG
 from agent.options import RecvOptions
@@ -39,7 +39,6 @@ from agent.state.shmem import discard_shared, finish_shared, resize_shared, rest
 from agent.state.task import TaskRestore, TaskState
 from agent.state.vma import LayoutMirror, find_gap, special_mappings
 from agent.target.inject import Batch, Injector
-from agent.target.restart import apply_restart, rearm_restart_block
 from agent.target.tracer import Tracer
 from agent.types import Pid
 from protocol.messages import Hello
@@ -47,7 +46,6 @@ from protocol.pages import PageBatch, PageEncoding
 from protocol.state.files import FilesState
 from protocol.state.mm import MmState
 from protocol.state.plan import PlanState
-from protocol.state.restart import RestartState
 from protocol.state.shmem import SharedObject
 from protocol.state.vma import BackingFile, LayoutState, VmaKind, VmaState
 
@@ -55,6 +53,8 @@ _log = logging.getLogger(__name__)
 
 WORK_BYTES = 64 << 20
 """Address space that the restore needs for itself: the skeleton's program, room to move the vdso, scratch."""
+ALL_SIGNALS = (1 << 64) - 1
+"""A signal mask that blocks everything that can be blocked."""
 SAME_CLOCK_NS = 100_000_000
 """Clocks of one boot that are closer than this are the same clock, read at two moments."""
 
@@ -248,13 +248,8 @@ class Rebuild:
 
     # -- everything else -------------------------------------------------------------------------------
 
-    def finish_task(
-        self, sections: Mapping[str, Sequence[object]], restarts: Mapping[int, RestartState]
-    ) -> None:
-        """Restore files, threads and the rest; afterwards every thread stands at its final registers.
-
-        ``restarts`` are interrupted system calls by the thread's own id.
-        """
+    def finish_task(self, sections: Mapping[str, Sequence[object]]) -> None:
+        """Restore files, threads and the rest; afterwards every thread stands at its final registers."""
         states = [state for kind in sections.values() for state in kind]
         restore = TaskRestore(
             TaskState.from_sections(states), self.pid, keep_pdeath_signal=self.options.wait
@@ -264,7 +259,7 @@ class Rebuild:
         self.injector.run(early)
         self._restore_files(only(sections, "files", FilesState))
         self._restore_threads(restore)
-        self._finish_threads(restore, restarts)
+        self._finish_threads(restore)
 
     def _restore_files(self, files: FilesState) -> None:
         context = RestoreContext(
@@ -313,17 +308,12 @@ class Rebuild:
         frozen_at = restore.state.process.clock_monotonic_ns - restore.state.process.monotonic_offset_ns
         return max(0, time.clock_gettime_ns(time.CLOCK_MONOTONIC) - frozen_at)
 
-    def _finish_threads(self, restore: TaskRestore, restarts: Mapping[int, RestartState]) -> None:
-        host_tids = restore.host_tids()
-        dumped = {thread.tid: thread.regs for thread in restore.state.threads}
-        overrides: dict[int, user_regs_struct] = {}
-        for tid, state in restarts.items():
-            thread = self.tracer.threads[host_tids[tid]]
-            result = rearm_restart_block(self.tracer, self.injector, thread, state)
-            regs = user_regs_struct.from_buffer_copy(dumped[tid])
-            overrides[tid] = apply_restart(regs, result)
+    def _finish_threads(self, restore: TaskRestore) -> None:
+        restore.finish_ptrace(self.tracer, self.injector)
+        # Removing the scratch mapping lets the leader run for one call: no signal may come in between.
+        ptrace.setsigmask(self.pid, ALL_SIGNALS)
         self.injector.close()
-        restore.finish_ptrace(self.tracer, overrides)
+        ptrace.setsigmask(self.pid, restore.state.leader.sigmask)
 
     # -- the end ---------------------------------------------------------------------------------------
 

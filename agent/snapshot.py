@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable
-from dataclasses import replace
 
 from agent.check import Target
 from agent.link import Link
@@ -20,7 +19,6 @@ from agent.state.files import dump_files
 from agent.state.mm import dump_mm, plan_brk
 from agent.state.task import TaskDump
 from agent.target.inject import Batch, Injector
-from agent.target.restart import dump_restart
 from agent.target.tracer import TracedThread, Tracer
 from protocol.state import encode_section
 from protocol.state.limits import NR_LIMITS, RLIM_INFINITY, LimitsState, ResourceLimit
@@ -76,7 +74,6 @@ def send_task(
 
     :raises MigrationError: something cannot be dumped; nothing was changed.
     """
-    restarts = {thread.tid: dump_restart(thread, tracer.memory) for thread in threads}
     dump = TaskDump(target.ctx, tracer)
     batches = {thread.tid: Batch() for thread in threads}
     brk = plan_brk(batches[target.pid])
@@ -84,15 +81,7 @@ def send_task(
     with Injector(tracer) as injector:
         injector.run_parallel(batches)
         task = dump.state()
-    own_tids = {}
-    moved = []
-    for thread, state in zip(threads, task.threads, strict=True):
-        own_tids[thread.tid] = state.tid
-        moved.append(replace(state, regs=bytes(restarts[thread.tid][0])))
-    for kind, owner, section in replace(task, threads=tuple(moved)).sections():
+    for kind, owner, section in task.sections():
         link.send(encode_section(kind, owner, section))
-    for host_tid, (_regs, restart) in restarts.items():
-        if restart is not None:
-            link.send(encode_section("restart", own_tids[host_tid], restart))
     mm = dump_mm(target.pid, brk=brk.value, guards=guards)
     link.send(encode_section("mm", target.ns_pid, mm))

@@ -122,6 +122,7 @@ class _Migration:
         self.notes: list[str] = []
         self.store = SessionStore(options.state_dir)
         self.limiter: BandwidthLimit | None = None
+        self.link: Link | None = None
 
     def run(self) -> None:
         """Go through all phases."""
@@ -134,7 +135,7 @@ class _Migration:
                 tls=self.options.tls,
             )
         channel.timeout_s = self.options.io_timeout_s
-        link = Link(channel, Role.SOURCE)
+        link = self.link = Link(channel, Role.SOURCE)
         try:
             self.reporter.connected(str(self.address), self.session)
             with self._phase("handshake"):
@@ -156,6 +157,8 @@ class _Migration:
     @contextlib.contextmanager
     def _phase(self, name: str, *, frozen: bool = False) -> Iterator[None]:
         self.phase = name
+        if self.link is not None:
+            self.link.channel.phase = name
         if not frozen:
             self.reporter.phase(name)
         with self.clock.phase(name, frozen=frozen):
@@ -229,7 +232,7 @@ class _Migration:
             max_rounds=self.options.max_rounds,
             bandwidth_bytes_per_s=self.options.bandwidth_limit,
         )
-        self.phase = "rounds"
+        self.phase = link.channel.phase = "rounds"
         while self.options.max_rounds:
             number = len(self.reports)
             start_s = self.clock.elapsed_s
@@ -315,21 +318,22 @@ class _Migration:
             return self._finish_image(link, tracer, tracker, frozen_ns)
         with self._phase("restore", frozen=True):
             link.expect(Restored)
-        # From here on the target must not run again if this agent dies: the hold outlives it.
-        self.store.record_undecided(self.session, self.target.pid, str(self.address))
-        tracer.hold()
-        with interrupts.shielded(), self._phase("commit", frozen=True):
-            commit_ns = time.monotonic_ns()
-            resumed = self._commit(link, tracer)
-            resumed_ns = time.monotonic_ns()
+        with interrupts.shielded(raise_after=False):
+            # From here on the target must not run again if this agent dies: the hold outlives it.
+            self.store.record_undecided(self.session, self.target.pid, str(self.address))
+            tracer.hold()
+            with self._phase("commit", frozen=True):
+                commit_ns = time.monotonic_ns()
+                resumed = self._commit(link, tracer)
+                resumed_ns = time.monotonic_ns()
             self._kill_original()
+            self.store.forget_undecided(self.session)
         seconds, basis = downtime(
             frozen_ns=frozen_ns,
             commit_sent_ns=commit_ns,
             resumed_received_ns=resumed_ns,
             released_ns=resumed.released_monotonic_ns,
         )
-        self.store.forget_undecided(self.session)
         return self._report(link, tracker, seconds, basis, pid=resumed.pid)
 
     def _commit(self, link: Link, tracer: Tracer) -> Resumed:
@@ -361,7 +365,10 @@ class _Migration:
     def _finish_image(
         self, link: Link, tracer: Tracer, tracker: Tracker, frozen_ns: int
     ) -> CompletedReport:
-        with interrupts.shielded(), self._phase("complete", frozen=True):
+        with (
+            interrupts.shielded(raise_after=False),
+            self._phase("complete", frozen=True),
+        ):
             link.send(Commit())
             link.channel.complete()  # The point of no return: the image is durable.
             if self.options.leave_running:

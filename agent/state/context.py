@@ -1,7 +1,7 @@
 """What every kind of state is dumped from and restored into.
 
-Small records that the source and the destination fill in and hand down; the kinds read them. A context never
-decides anything. Descriptor numbers are the agent's unless a name says target.
+Small records that the source and the destination fill in and hand down; the kinds read them. A
+context never decides anything. Descriptor numbers are the agent's unless a name says target.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def _no_shared_fd(object_id: int) -> int:
 class DumpContext:
     """One process on the source.
 
-    ``shared_id(st_dev, st_ino, target_fd)`` returns the id of a shared memory object, on the wire above zero.
+    ``shared_id(st_dev, st_ino, target_fd)`` returns the id of a shared memory object, on the wire
+    above zero.
     """
 
     pid: Pid
@@ -77,8 +78,8 @@ class DumpContext:
     def drop_fetched(self) -> None:
         """Close every fetched descriptor.
 
-        A running target must not be left with copies: its own close(2) would then not close the connection,
-        and its numbers may mean other files by the next look.
+        A running target must not be left with copies: its own close(2) would then not close the
+        connection, and its numbers may mean other files by the next look.
         """
         while self.fetched:
             os.close(self.fetched.popitem()[1])
@@ -88,9 +89,10 @@ class DumpContext:
 class RestoreContext:
     """One skeleton process on the destination.
 
-    ``agent_pidfd`` is the skeleton's own descriptor of the agent: through it the skeleton takes what the agent has
-    opened. ``reserved_fds`` are the skeleton's numbers that must survive; all are above every target fd.
-    ``root`` is how the agent reaches the root directory of the process, '' when it is the agent's own.
+    ``agent_pidfd`` is the skeleton's own descriptor of the agent: through it the skeleton takes
+    what the agent has opened. ``reserved_fds`` are the skeleton's numbers that must survive; all
+    are above every target fd. ``root`` is how the agent reaches the root directory of the process,
+    '' when it is the agent's own.
     """
 
     pid: Pid

@@ -1,13 +1,14 @@
 """epoll(7): the interest list from fdinfo, added again inside the process under the same numbers.
 
-An interest is keyed by the description and the number it was added under, so the calls must be made by the process itself, when
-its table stands. Three quirks:
-- The number may have been closed, or may name another file now, while a duplicate keeps the description: then the description
-  is put at that number for the moment of the call.
-- A one-shot interest that has fired shows no events. It is added as one-shot and made to fire once more, unseen; one that is
-  not ready just then stays armed for EPOLLERR and EPOLLHUP only, which the kernel always adds.
-- An edge-triggered interest reports what is ready once more after the restore: never too few edges, perhaps one too many.
-Sources: epoll_ctl(2), proc_pid_fdinfo(5), kcmp(2) KCMP_EPOLL_TFD.
+An interest is keyed by the description and the number it was added under, so the calls must be made
+by the process itself, when its table stands. Three quirks:
+- The number may have been closed, or may name another file now, while a duplicate keeps the
+  description: then the description is put at that number for the moment of the call.
+- A one-shot interest that has fired shows no events. It is added as one-shot and made to fire once
+  more, unseen; one that is not ready just then stays armed for EPOLLERR and EPOLLHUP only, which
+  the kernel always adds.
+- An edge-triggered interest reports what is ready once more after the restore: never too few edges,
+  perhaps one too many. Sources: epoll_ctl(2), proc_pid_fdinfo(5), kcmp(2) KCMP_EPOLL_TFD.
 """
 
 from __future__ import annotations
@@ -160,7 +161,8 @@ def _control(
         batch.call(nr.NR_epoll_ctl, epfd, operation, fd, event, name=name)
         return
     source = job.items[interest.file_id].fds[0]
-    # A number above the table; the temporary copy of what stands at ``fd`` keeps its CLOEXEC flag by hand.
+    # A number above the table; the temporary copy of what stands at ``fd`` keeps its CLOEXEC flag
+    # by hand.
     spare = max(table) + 1
     while spare in job.ctx.reserved_fds or spare == job.ctx.agent_pidfd:
         spare += 1

@@ -1,4 +1,7 @@
-"""eventfd(2): the counter is in fdinfo and is written into a new one. Source: proc_pid_fdinfo(5)."""
+"""eventfd(2): the counter is in fdinfo and is written into a new one.
+
+Source: proc_pid_fdinfo(5).
+"""
 
 from __future__ import annotations
 
@@ -27,8 +30,8 @@ _eventfd = libc["eventfd"]  # os.eventfd came with Python 3.10, but not in every
 def dump_eventfd(job: DumpJob, desc: Description) -> EventFd | None:
     """Describe an eventfd.
 
-    Since Linux kernel commit 33d8b5d78285 ("eventfd: show flags in fdinfo") (in v6.5), fdinfo tells whether it
-    is a semaphore; an older kernel does not, and it is taken for a counter.
+    Since Linux kernel commit 33d8b5d78285 ("eventfd: show flags in fdinfo") (in v6.5), fdinfo tells
+    whether it is a semaphore; an older kernel does not, and it is taken for a counter.
     """
     info = fdinfo.eventfd(desc.fdinfo)
     return EventFd(count=min(info.count, MAX_COUNT), semaphore=bool(info.semaphore))

@@ -1,12 +1,14 @@
 """Advisory locks of open files: flock(2), open file description locks, and POSIX record locks.
 
-The first two belong to the description and are taken by the agent, which shares it with the process; the last belong to
-the process and are taken by calls made inside it. Without --file-locks a lock is an obstacle: the destination may see
-another file system, where the lock protects nothing. Sources: flock(2), fcntl_locking(2), proc_locks(5).
+The first two belong to the description and are taken by the agent, which shares it with the
+process; the last belong to the process and are taken by calls made inside it. Without --file-locks
+a lock is an obstacle: the destination may see another file system, where the lock protects nothing.
+Sources: flock(2), fcntl_locking(2), proc_locks(5).
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import struct
@@ -50,19 +52,29 @@ def dump_locks(job: DumpJob, desc: Description) -> tuple[FileLock, ...]:
     return tuple(found)
 
 
-def restore_locks(item: Item[Any], fd: int) -> None:
-    """Take the locks that belong to a description.
+def restore_locks(item: Item[Any], fd: int) -> list[FileLock]:
+    """Take the locks that belong to a description; return those that somebody else holds.
 
-    :raises RestoreError: when somebody else holds one.
+    :raises RestoreError: when the file cannot be locked at all.
     """
-    for lock in item.file.locks:
-        try:
-            if lock.kind is LockKind.FLOCK:
-                fcntl.flock(fd, (fcntl.LOCK_EX if lock.exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-            elif lock.kind is LockKind.OFD:
-                fcntl.fcntl(fd, F_OFD_SETLK, _pack(lock))
-        except OSError as err:
-            raise RestoreError(f"Cannot lock {item}: {err.strerror}") from err
+    try:
+        return [lock for lock in item.file.locks if not try_lock(fd, lock)]
+    except OSError as err:
+        raise RestoreError(f"Cannot lock {item}: {err.strerror}") from err
+
+
+def try_lock(fd: int, lock: FileLock) -> bool:
+    """Take a lock that belongs to a description, without waiting; False when somebody else holds it."""
+    try:
+        if lock.kind is LockKind.FLOCK:
+            fcntl.flock(fd, (fcntl.LOCK_EX if lock.exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        elif lock.kind is LockKind.OFD:
+            fcntl.fcntl(fd, F_OFD_SETLK, _pack(lock))
+    except OSError as err:
+        if err.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        raise
+    return True
 
 
 def add_posix_locks(item: Item[Any], batch: Batch) -> None:

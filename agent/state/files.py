@@ -1,11 +1,13 @@
 """The open files of a process: checked and dumped from outside, made in the agent, installed in the skeleton.
 
-On the source everything comes from procfs, kcmp(2) and pidfd_getfd(2): the target runs no call of ours and needs not be
-stopped to be looked at. On the destination the agent makes every description itself, with its own system calls, and the
-skeleton takes them with pidfd_getfd(2): first all at the lowest free numbers, in the order of their target numbers, so that
-each lands at or below where it belongs; then each is moved up, highest first, so that none overwrites another.
+On the source everything comes from procfs, kcmp(2) and pidfd_getfd(2): the target runs no call of
+ours and needs not be stopped to be looked at. On the destination the agent makes every description
+itself, with its own system calls, and the skeleton takes them with pidfd_getfd(2): first all at the
+lowest free numbers, in the order of their target numbers, so that each lands at or below where it
+belongs; then each is moved up, highest first, so that none overwrites another.
 
-Must never leave the agent with copies of the target's descriptors when it returns (see DumpContext.drop_fetched).
+Must never leave the agent with copies of the target's descriptors when it returns (see
+DumpContext.drop_fetched).
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ from agent.state.registry import FILE_KINDS, kind_of
 from agent.target.batch import Batch
 from agent.types import Obstacle
 from protocol import codec
-from protocol.state.files import FILE_BODIES, FdEntry, FileOwner, FilesState, OpenFile
+from protocol.state.files import FILE_BODIES, FdEntry, FileLock, FileOwner, FilesState, OpenFile
 
 FD_CLOEXEC = 1
 OWNED_KINDS = frozenset({"pipe", "unix", "inet"})
@@ -63,7 +65,8 @@ def check_files(ctx: DumpContext) -> list[Obstacle]:
 def dump_files(ctx: DumpContext, *, content: bool = True) -> FilesState:
     """Describe all open files. The final dump must be made while every thread is stopped.
 
-    ``content`` False leaves out what is queued in pipes and sockets: enough for a preflight, and leaves no trace.
+    ``content`` False leaves out what is queued in pipes and sockets: enough for a preflight, and
+    leaves no trace.
 
     :raises RefusedError: when something cannot be carried.
     """
@@ -170,7 +173,8 @@ def _read_at(folder: int, name: str) -> bytes:
 
 
 def _group_key(link: str, text: FdInfo, info: os.stat_result | None) -> Key:
-    # What two numbers of one description must have in common; only within a group does kcmp(2) have to tell.
+    # What two numbers of one description must have in common; only within a group does kcmp(2) have
+    # to tell.
     if link.startswith("socket:"):
         return ("socket", link)  # A socket has one description and cannot be opened again.
     rest = tuple(line for line in text.lines if line[0] != "flags")
@@ -181,7 +185,8 @@ def _group_key(link: str, text: FdInfo, info: os.stat_result | None) -> Key:
 def _split_by_identity(ctx: DumpContext, fds: Sequence[int]) -> Iterable[list[int]]:
     """Split numbers into groups that share a description, by sorting them in the kernel's order.
 
-    The order of the last look is where the sort starts from: while nothing changed it takes n - 1 calls.
+    The order of the last look is where the sort starts from: while nothing changed it takes n - 1
+    calls.
     """
     pid = ctx.pid
     ranks = ctx.ranks
@@ -203,7 +208,8 @@ def _split_by_identity(ctx: DumpContext, fds: Sequence[int]) -> Iterable[list[in
         return [[fd] for fd in fds]
     groups = [[ordered[0]]]
     for left, right in itertools.pairwise(ordered):
-        # Neighbours in the result were compared with each other, else their order would not be known.
+        # Neighbours in the result were compared with each other, else their order would not be
+        # known.
         if (left, right) in same:
             groups[-1].append(right)
         else:
@@ -219,10 +225,14 @@ def _dump_one(job: DumpJob, desc: Description) -> OpenFile | None:
         body = kind.dump(job, desc) if kind is not None else None
         locks = filelock.dump_locks(job, desc)
         owner = _dump_owner(job, desc, kind.name if kind else "")
+        encoded = codec.encode(body) if body is not None else b""
     except FileNotFoundError:
         return None  # Closed meanwhile by a running target.
     except OSError as err:
         job.refuse(desc, "file", f"{desc.link} cannot be examined: {err.strerror}")
+        return None
+    except UnicodeEncodeError:
+        job.refuse(desc, "file", f"{os.fsencode(desc.link)!r} is not UTF-8", "rename the file")
         return None
     if kind is None or body is None or len(job.obstacles) > before:
         return None
@@ -233,7 +243,7 @@ def _dump_one(job: DumpJob, desc: Description) -> OpenFile | None:
         pos=desc.fdinfo.pos,
         owner=owner,
         locks=locks,
-        body=codec.encode(body),
+        body=encoded,
     )
 
 
@@ -287,6 +297,7 @@ class FileRestorer:
     def __init__(self, ctx: RestoreContext) -> None:
         self._job = RestoreJob(ctx)
         self._items: dict[str, list[Item[Any]]] = {}
+        self._contested: list[tuple[str, int, FileLock]] = []
 
     def open_all(self, state: FilesState) -> None:
         """Make every description in the agent, with its contents; nothing is in the skeleton yet.
@@ -308,7 +319,8 @@ class FileRestorer:
                         f"{' or others' if len(items) > 1 else ''}: {name}: {err}"
                     ) from err
         for item in job.items.values():
-            filelock.restore_locks(item, job.fds[item.id])
+            for lock in filelock.restore_locks(item, job.fds[item.id]):
+                self._contested.append((str(item), os.dup(job.fds[item.id]), lock))
 
     def install(self, state: FilesState) -> None:
         """Put everything into the skeleton's table under the exact numbers; other numbers are closed.
@@ -335,16 +347,28 @@ class FileRestorer:
         for item, slot in zip(order, slots, strict=True):
             if slot > item.fds[0]:
                 raise RestoreError(f"Cannot restore {item}: it came as fd {slot} first")
-        second = Batch()
-        _add_moves(second, state, order, slots)
-        self._add_finish(second)
-        if len(second):
-            ctx.injector.run(second)
+        moves = Batch()
+        _add_moves(moves, state, order, slots)
+        for name, kind in FILE_KINDS.items():
+            if kind.install is not None and name in self._items:
+                kind.install(self._job, self._items[name], moves)
+        _run(ctx, moves)
         for call in self._job.after:
             call()
+        # From here on nothing may be closed: that would drop the record locks of the process.
+        last = Batch()
+        for item in self._job.items.values():
+            filelock.add_posix_locks(item, last)
+            _add_owner(item, last)
+        _run(ctx, last)
 
-    def start(self) -> None:
-        """Do what must come last (timers are armed), and let go of the agent's copies."""
+    def start(self, *, elapsed_ns: int = 0) -> None:
+        """Do what must come last (timers are armed), and let go of the agent's copies.
+
+        ``elapsed_ns``: how long the process has been frozen, by its own clock; timers run
+        meanwhile.
+        """
+        self._job.elapsed_ns = elapsed_ns
         for name, items in self._items.items():
             start = FILE_KINDS[name].start
             if start is not None:
@@ -355,6 +379,26 @@ class FileRestorer:
         """Close the agent's copies. Safe to call twice."""
         while self._job.fds:
             os.close(self._job.fds.popitem()[1])
+
+    def take_contested_locks(self) -> list[str]:
+        """Take the locks that somebody held during open_all(): mostly the source, on a file system of both hosts.
+
+        To be called once the source's copy is dead. Returns the files that are still locked by
+        others; may be called again.
+        """
+        left = []
+        for name, fd, lock in self._contested:
+            if filelock.try_lock(fd, lock):
+                os.close(fd)
+            else:
+                left.append((name, fd, lock))
+        self._contested = left
+        return [name for name, _, _ in left]
+
+    def forget_contested_locks(self) -> None:
+        """Give up on them; also needed after a failed restore."""
+        while self._contested:
+            os.close(self._contested.pop()[1])
 
     def agent_fd(self, file_id: int) -> int:
         """Return the agent's copy of a description, until start() or close()."""
@@ -370,20 +414,18 @@ class FileRestorer:
             start = fd + 1
         soft, hard = resource.prlimit(ctx.pid, resource.RLIMIT_NOFILE)
         if highest >= soft:
-            # The process may have lowered its limit after it opened them; its own limits come later.
+            # The process may have lowered its limit after it opened them; its own limits come
+            # later.
             limit = max(highest + 1, hard) if hard >= 0 else hard
             new = struct.pack("=QQ", limit & (1 << 64) - 1, limit & (1 << 64) - 1)
             batch.call(
                 nr.NR_prlimit64, 0, resource.RLIMIT_NOFILE, batch.data(new), 0, name="prlimit64"
             )
 
-    def _add_finish(self, batch: Batch) -> None:
-        for name, kind in FILE_KINDS.items():
-            if kind.install is not None and name in self._items:
-                kind.install(self._job, self._items[name], batch)
-        for item in self._job.items.values():
-            filelock.add_posix_locks(item, batch)
-            _add_owner(item, batch)
+
+def _run(ctx: RestoreContext, batch: Batch) -> None:
+    if len(batch):
+        ctx.injector.run(batch)
 
 
 def _make_room(count: int) -> None:
@@ -426,7 +468,8 @@ def _add_owner(item: Item[Any], batch: Batch) -> None:
     if owner is not None:
         if owner.pid:
             blob = batch.data(struct.pack("=ii", owner.type, owner.pid))
-            # The owner may have ended long ago on the source: then nobody gets the signal here either.
+            # The owner may have ended long ago on the source: then nobody gets the signal here
+            # either.
             batch.call(nr.NR_fcntl, fd, F_SETOWN_EX, blob, name="fcntl(F_SETOWN_EX)", check=False)
         if owner.signal:
             batch.call(nr.NR_fcntl, fd, F_SETSIG, owner.signal, name="fcntl(F_SETSIG)")

@@ -1,9 +1,10 @@
 """TCP and UDP sockets: listening, bound, connected (UDP) or fresh.
 
-A TCP connection belongs to two hosts. It is refused, or with --tcp-close carried as a connection that the peer has reset: the
-program finds out as it would after a failure of the network, and its clients connect again. Datagrams that wait to be read are
-dropped, as UDP allows. Multicast memberships cannot be listed by any call; only a socket bound to a group is recognised.
-Sources: tcp(7), udp(7), ip(7), include/uapi/linux/tcp.h (struct tcp_info).
+A TCP connection belongs to two hosts. It is refused, or with --tcp-close carried as a connection
+that the peer has reset: the program finds out as it would after a failure of the network, and its
+clients connect again. Datagrams that wait to be read are dropped, as UDP allows. Multicast
+memberships cannot be listed by any call; only a socket bound to a group is recognised. Sources:
+tcp(7), udp(7), ip(7), include/uapi/linux/tcp.h (struct tcp_info).
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import errno
 import ipaddress
 import logging
-import os
 import select
 import socket
 import struct

@@ -1,6 +1,7 @@
 """Descriptions of shared memory objects. The object (contents, size, name, seals) is agent.state.shmem's.
 
-Every description is a new open of the object through /proc/self/fd, with its own access mode and offset.
+Every description is a new open of the object through /proc/self/fd, with its own access mode and
+offset.
 """
 
 from __future__ import annotations

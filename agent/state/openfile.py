@@ -1,8 +1,9 @@
 """What the kinds of open files share: the description on the source, the jobs of dump, preflight and restore.
 
-A kind is a row of functions (``FileKind``), side by side in one module per kind, listed in agent.state.registry.
-Obstacles are collected, never raised one by one, so that the user sees all of them at once. Nothing here changes
-the target: its files are looked at through procfs and pidfd_getfd(2).
+A kind is a row of functions (``FileKind``), side by side in one module per kind, listed in
+agent.state.registry. Obstacles are collected, never raised one by one, so that the user sees all of
+them at once. Nothing here changes the target: its files are looked at through procfs and
+pidfd_getfd(2).
 
 Sources: proc_pid_fd(5), proc_pid_fdinfo(5), fcntl(2).
 """
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from agent.procfs.fdinfo import FdInfo
+from agent.procfs.status import read_status
 from agent.state.context import DumpContext, RestoreContext, RestoreOptions
 from agent.types import Obstacle
 from protocol.state.files import FileOwner, OpenFile
@@ -134,7 +136,10 @@ class DumpJob:
         return table
 
     def outside_holders(self, link: str) -> list[int]:
-        """Return the other processes that hold a pipe or socket. Costs a look at every process, once per job."""
+        """Return the other processes that hold a pipe or socket.
+
+        Costs a look at every process, once per job.
+        """
         if link in self.ctx.private_links:
             return []
         table: dict[str, list[int]] | None = self.memo.get("outside")
@@ -196,12 +201,22 @@ def _process_name(pid: int) -> str:
 
 
 def read_owner(fd: int) -> FileOwner | None:
-    """Return who gets the signals of a description, given an agent descriptor of it; pids as the agent sees them."""
+    """Return who gets the signals of a description, given an agent descriptor of it.
+
+    The pid is the one that the owner has in its own pid namespace; 0 when it has ended.
+    """
     kind, pid = _F_OWNER_EX.unpack(fcntl.fcntl(fd, F_GETOWN_EX, bytes(_F_OWNER_EX.size)))
     signal = fcntl.fcntl(fd, F_GETSIG)
     if pid == 0 and signal == 0:
         return None
-    return FileOwner(type=kind, pid=pid, signal=signal)
+    return FileOwner(type=kind, pid=_own_pid(pid) if pid else 0, signal=signal)
+
+
+def _own_pid(pid: int) -> int:
+    try:
+        return read_status(pid).ns_pid[-1]
+    except ProcessLookupError:
+        return 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +258,8 @@ class RestoreJob:
     items: dict[int, Item[Any]] = field(default_factory=dict)
     after: list[Callable[[], None]] = field(default_factory=list)
     """Called once the injected calls of install() have run; may inject again."""
+    elapsed_ns: int = 0
+    """How long the process was frozen, by its own clock."""
 
     def put(self, item: Item[Any], fd: int) -> None:
         """Hand over the agent's descriptor of ``item``."""
@@ -257,9 +274,9 @@ class RestoreJob:
 class FileKind(Generic[BodyT]):
     """One kind of open file.
 
-    ``dump`` returns the body, or None after it has recorded an obstacle. ``restore`` gets all items of the kind at once
-    and puts a descriptor for each. ``install`` adds calls made inside the process when the whole table stands.
-    ``start`` runs last, when everything else is done.
+    ``dump`` returns the body, or None after it has recorded an obstacle. ``restore`` gets all items
+    of the kind at once and puts a descriptor for each. ``install`` adds calls made inside the
+    process when the whole table stands. ``start`` runs last, when everything else is done.
     """
 
     name: str

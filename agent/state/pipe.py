@@ -1,7 +1,8 @@
 """Pipes and FIFOs: both ends must be in the process; what is in the pipe is copied with tee(2).
 
-tee(2) duplicates the contents without consuming them, packet boundaries included, so the target's pipe is never
-read from. A reader or writer that no longer exists stays closed on the destination. Sources: pipe(7), tee(2), fifo(7).
+tee(2) duplicates the contents without consuming them, packet boundaries included, so the target's
+pipe is never read from. A reader or writer that no longer exists stays closed on the destination.
+Sources: pipe(7), tee(2), fifo(7).
 """
 
 from __future__ import annotations
@@ -64,8 +65,8 @@ def dump_pipe(job: DumpJob, desc: Description) -> PipeEnd | None:
 
 
 def _ends_are_here(fd: int, desc: Description, ends: Sequence[Description]) -> bool:
-    # pipe_poll() knows whether any reader or writer exists; if one does and it is not here, it is elsewhere
-    # (in flight over a unix socket, for instance).
+    # pipe_poll() knows whether any reader or writer exists; if one does and it is not here, it is
+    # elsewhere (in flight over a unix socket, for instance).
     poller = select.poll()
     poller.register(fd, 0)
     events = dict(poller.poll(0)).get(fd, 0)

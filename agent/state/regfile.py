@@ -1,10 +1,12 @@
 """Regular files and directories: dumped by path and offset, opened again by path.
 
-The contents are the file system's, not ours: the destination must have the same file under the same path. Whatever
-is opened with O_PATH, and the files of procfs and sysfs, go the same way. Must never create or truncate a file.
+The contents are the file system's, not ours: the destination must have the same file under the same
+path. Whatever is opened with O_PATH, and the files of procfs and sysfs, go the same way. Must never
+create or truncate a file.
 
-A link of /proc/PID/fd shows a path as seen from the agent's root; when the process has another root or another mount
-namespace it is checked, through /proc/PID/root, which path leads to the same inode from there.
+A link of /proc/PID/fd shows a path as seen from the agent's root; when the process has another root
+or another mount namespace it is checked, through /proc/PID/root, which path leads to the same inode
+from there.
 """
 
 from __future__ import annotations
@@ -87,9 +89,10 @@ def dump_regular(job: DumpJob, desc: Description) -> RegularFile | None:
 
 def preflight_regular(job: PreflightJob, items: Sequence[Item[RegularFile]]) -> None:
     """Check that every file is there and is the same one."""
+    written = _written_paths(items)
     for item in items:
         if not item.body.own_proc:
-            problem = _difference(job.root, item)
+            problem = _difference(job.root, item, written)
             if problem:
                 job.refuse(
                     item, "file", f"{item.body.path}: {problem}",
@@ -97,9 +100,14 @@ def preflight_regular(job: PreflightJob, items: Sequence[Item[RegularFile]]) -> 
                 )  # fmt: skip
 
 
-def _difference(root: str, item: Item[RegularFile]) -> str:
-    # A file that the process writes may have grown since it was described, but can never have become smaller;
-    # a file that it only reads must be the very same.
+def _written_paths(items: Sequence[Item[RegularFile]]) -> frozenset[str]:
+    # Paths that the process has open for writing, by this description or by another.
+    return frozenset(item.body.path for item in items if item.file.flags & os.O_ACCMODE != os.O_RDONLY)
+
+
+def _difference(root: str, item: Item[RegularFile], written: frozenset[str]) -> str:
+    # A file that the process writes may have grown since it was described, but can never have
+    # become smaller; a file that it only reads must be the very same.
     body = item.body
     try:
         found = os.stat(root + body.path, follow_symlinks=not stat.S_ISLNK(body.mode))
@@ -111,7 +119,7 @@ def _difference(root: str, item: Item[RegularFile]) -> str:
         return ""
     if stat.S_IMODE(found.st_mode) != stat.S_IMODE(body.mode):
         return f"its mode is {stat.S_IMODE(found.st_mode):o}, not {stat.S_IMODE(body.mode):o}"
-    if item.file.flags & os.O_ACCMODE == os.O_RDONLY:
+    if body.path not in written:
         if found.st_size != body.size:
             return f"its size is {found.st_size}, not {body.size}"
         if found.st_mtime_ns // 10**9 != body.mtime_ns // 10**9:
@@ -126,12 +134,13 @@ def restore_regular(job: RestoreJob, items: Sequence[Item[RegularFile]]) -> None
 
     :raises RestoreError: when one is missing or is not the same file.
     """
+    written = _written_paths(items)
     for item in items:
         body = item.body
         if body.own_proc:
             path = f"{job.ctx.root}/proc/{job.ctx.pid}/{body.path}".rstrip("/")
         else:
-            problem = _difference(job.ctx.root, item)
+            problem = _difference(job.ctx.root, item, written)
             if problem:
                 raise RestoreError(f"Cannot restore {item}: {body.path}: {problem}")
             path = job.ctx.root + body.path

@@ -58,7 +58,9 @@ HINTS = {
 }
 
 _ANON = re.compile(r"anon_inode:\[?([^\]]*)\]?$")
-_TMPFS_HOME = "/dev/shm/"
+
+MEMORY_PATHS = ("/dev/shm/", "/dev/zero", "/SYSV")
+"""Regular files of tmpfs that are shared memory (agent.state.shmem)."""
 
 
 def kind_of(job: DumpJob, desc: Description) -> FileKind[Any] | None:
@@ -91,8 +93,8 @@ def _kind_of_path(job: DumpJob, desc: Description) -> str:
     if desc.link.startswith(("/memfd:", "/secretmem", "/anon_hugepage")):
         return "memfd"
     if desc.flags & O_PATH or stat.S_ISREG(mode) or stat.S_ISDIR(mode):
-        if desc.info.st_nlink == 0 and desc.link.startswith((_TMPFS_HOME, "/dev/zero", "/SYSV")):
-            # Shared memory whose name was removed (shm_unlink(3)) is memory only.
+        if stat.S_ISREG(mode) and not desc.flags & O_PATH and desc.link.startswith(MEMORY_PATHS):
+            # POSIX shared memory travels with its contents, as its mappings do.
             return "memfd"
         return "regular"
     if stat.S_ISCHR(mode):

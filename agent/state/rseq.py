@@ -1,9 +1,9 @@
 """The restartable sequences area that a thread has registered.
 
-A thread stopped inside a critical section must resume at its abort handler, and injected code hides that
-from the kernel: the injector moves such a thread's registers before it enters it
-(agent.target.restart.leave_rseq_section), so registers read after a batch has run are right. The area itself
-is memory of the process. Addresses are the target's. Sources: rseq(2), ptrace(2).
+A thread stopped inside a critical section must resume at its abort handler, and injected code
+hides that from the kernel: the injector moves such a thread's registers before it enters it
+(agent.target.restart.leave_rseq_section), so registers read after a batch has run are right. The
+area itself is memory of the process. Addresses are the target's. Sources: rseq(2), ptrace(2).
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def read_rseq(tid: int) -> RseqState | None:
 
 
 def restore_rseq_call(batch: Batch, state: RseqState | None) -> None:
-    """Add the call that registers the area of the thread that runs ``batch``; its memory must be in place.
+    """Add the call that registers the area of the thread that runs ``batch``; its memory must be
+    in place.
 
     The kernel then clears the pointer to a critical section, which has no meaning any more.
     """

@@ -16,6 +16,7 @@ from ctypes import addressof, c_char
 
 from agent.errors import DumpError, RestoreError
 from agent.procfs.maps import MapsEntry
+from agent.pages.extents import shared_extents
 from agent.ranges import RangeSet
 from agent.tracker.base import SharedKey
 from agent.tracker.layout import internal_tmpfs_device
@@ -87,18 +88,6 @@ def dump_shared(object_id: int, fd: int | None, path: str, *, size: int = 0) -> 
     )
 
 
-def shared_extents(fd: int) -> RangeSet:
-    """Return the page ranges of an object that are populated; the others read as zero."""
-    extents = RangeSet()
-    offset = 0
-    with contextlib.suppress(OSError):  # ENXIO: nothing but a hole from here on
-        while True:
-            start = os.lseek(fd, offset, os.SEEK_DATA)
-            offset = os.lseek(fd, start, os.SEEK_HOLE)
-            extents.add(start - start % PAGE_SIZE, offset + -offset % PAGE_SIZE)
-    return extents
-
-
 def content_to_send(fd: int, dirty: RangeSet | None) -> tuple[RangeSet, RangeSet]:
     """Split a tracker's answer for an object into pages to read and ranges the destination must drop.
 
@@ -108,7 +97,8 @@ def content_to_send(fd: int, dirty: RangeSet | None) -> tuple[RangeSet, RangeSet
     whole = RangeSet((0, size + -size % PAGE_SIZE))
     dirty = whole if dirty is None else dirty.intersect(whole)
     extents = shared_extents(fd)
-    return dirty.intersect(extents), dirty.subtract(extents)
+    # Every hole, not only the dirty ones: punching one leaves no trace in page tables.
+    return dirty.intersect(extents), whole.subtract(extents)
 
 
 def preflight_shared(obj: SharedObject) -> Obstacle | None:

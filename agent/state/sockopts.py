@@ -1,8 +1,9 @@
 """Socket options of every family: what differs from a new socket is dumped and set again.
 
-Options are named on the wire as in the C headers, so that a received name can only choose a row of the table below.
-Options that mirror the state of a connection, or that only a new connection could take over, are left out.
-Sources: socket(7), ip(7), ipv6(7), tcp(7), udp(7), unix(7), include/uapi/asm-generic/socket.h.
+Options are named on the wire as in the C headers, so that a received name can only choose a row of
+the table below. Options that mirror the state of a connection, or that only a new connection could
+take over, are left out. Sources: socket(7), ip(7), ipv6(7), tcp(7), udp(7), unix(7),
+include/uapi/asm-generic/socket.h.
 """
 
 from __future__ import annotations
@@ -158,8 +159,9 @@ def dump_options(sock: socket.socket) -> SocketOptions:
     try:
         locked = sock.getsockopt(SOL_SOCKET, SO_BUF_LOCK)
     except OSError:
-        # Before Linux kernel commit 04190bf8944d ("sock: allow reading and changing sk_userlocks with
-        # setsockopt") (in v5.15) nothing tells whether the sizes were set or grew by themselves.
+        # Before Linux kernel commit 04190bf8944d ("sock: allow reading and changing sk_userlocks
+        # with setsockopt") (in v5.15) nothing tells whether the sizes were set or grew by
+        # themselves.
         locked = 0
     if locked & SOCK_SNDBUF_LOCK:
         ints["SO_SNDBUF"] = sock.getsockopt(SOL_SOCKET, SO_SNDBUF)
@@ -202,7 +204,8 @@ def set_buffer(sock: socket.socket, option: int, value: int) -> None:
 
 def has_filter(sock: socket.socket) -> bool:
     """Say whether a packet filter is attached (SO_ATTACH_FILTER, SO_ATTACH_BPF)."""
-    # The length counts instructions, not bytes: with 0 the kernel writes nothing and returns the count.
+    # The length counts instructions, not bytes: with 0 the kernel writes nothing and returns the
+    # count.
     length = ctypes.c_uint32(0)
     try:
         check(

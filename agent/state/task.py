@@ -77,9 +77,8 @@ from protocol.state.thread import ThreadState
 from protocol.state.timers import TimersState
 
 if TYPE_CHECKING:
-    from agent.kernel.arch import user_regs_struct
     from agent.state.context import DumpContext
-    from agent.target.inject import Batch
+    from agent.target.inject import Batch, Injector
     from agent.target.tracer import Tracer
 
 _LOG = logging.getLogger(__name__)
@@ -156,6 +155,7 @@ class TaskDump:
     def __init__(self, ctx: DumpContext, tracer: Tracer) -> None:
         pid = self._pid = ctx.pid
         self._threads = sorted(tracer.threads.values(), key=lambda t: (t.tid != pid, t.tid))
+        self._memory = tracer.memory
         # Which of the stopping signals it was makes no difference any more: SIGCONT ends each.
         stopped = any(thread.in_group_stop for thread in self._threads)
         self._stop_signal = int(signal.SIGSTOP) if stopped else 0
@@ -168,6 +168,12 @@ class TaskDump:
         tid.
         """
         self._planned_ns = time.monotonic_ns()
+        # What remains of a thread's sleep is measured from the clock, so before anything else takes
+        # time.
+        self._thread_parts = [
+            plan_thread(batches[thread.tid], self._pid, thread, self._memory)
+            for thread in self._threads
+        ]
         leader = batches[self._pid]
         # Timers first: settle_expired() counts on the queues being read after them.
         self._made_timers: list[PosixTimer] = read_timers(self._pid)
@@ -176,10 +182,6 @@ class TaskDump:
         self._process = plan_process(leader, self._pid, stop_signal=self._stop_signal)
         self._limits = plan_limits(leader)
         self._actions = plan_actions(leader)
-        self._thread_parts = [
-            plan_thread(batches[thread.tid], self._pid, thread)
-            for thread in self._threads
-        ]
 
     def state(self) -> TaskState:
         """Return everything, after the batches have run; the threads must still be stopped."""
@@ -327,14 +329,9 @@ class TaskRestore:
             )
         return found
 
-    def finish_ptrace(
-        self, tracer: Tracer, regs: Mapping[int, user_regs_struct] | None = None
-    ) -> None:
-        """Step 7: every thread gets its registers and stays stopped.
-
-        ``regs`` are registers, by own thread id, to use instead of those in the state.
-        """
+    def finish_ptrace(self, tracer: Tracer, injector: Injector) -> None:
+        """Step 7: every thread gets its registers and stays stopped; no batch may run any more."""
         host_tids = self.host_tids()
-        for thread in self.state.threads:
-            override = regs.get(thread.tid) if regs else None
-            restore_thread_ptrace(tracer.threads[host_tids[thread.tid]], thread, override)
+        for state in self.state.threads:
+            thread = tracer.threads[host_tids[state.tid]]
+            restore_thread_ptrace(tracer, injector, thread, state)

@@ -65,11 +65,18 @@ from agent.state.signals import (
     restore_private_pending_calls,
     without_stops,
 )
+from agent.target.restart import (
+    apply_restart,
+    dump_restart,
+    leave_rseq_section,
+    rearm_restart_block,
+)
 from protocol.state.thread import ThreadState
 
 if TYPE_CHECKING:
-    from agent.target.inject import Batch
-    from agent.target.tracer import TracedThread
+    from agent.target.inject import Batch, Injector
+    from agent.target.memory import TargetMemory
+    from agent.target.tracer import TracedThread, Tracer
     from protocol.state.creds import CredState
 
 _XCR0_OFFSET: Final = 464
@@ -92,7 +99,9 @@ class ThreadDump:
     """Makes the state, given the thread's own queued signals."""
 
 
-def plan_thread(batch: Batch, pid: int, thread: TracedThread) -> Callable[[], ThreadDump]:
+def plan_thread(
+    batch: Batch, pid: int, thread: TracedThread, memory: TargetMemory
+) -> Callable[[], ThreadDump]:
     """Read by ptrace what only ptrace knows, and add the calls for the rest to the thread's
     ``batch``.
 
@@ -109,6 +118,8 @@ def plan_thread(batch: Batch, pid: int, thread: TracedThread) -> Callable[[], Th
             f"Cannot dump thread {tid}: it uses Syscall User Dispatch",
             hint="programs run by Wine do; they cannot be moved",
         )
+    leave_rseq_section(thread, memory)  # before its registers are looked at
+    regs, restart = dump_restart(thread, memory)
     rseq = read_rseq(tid)
     xstate = ptrace.getregset(tid, NT_X86_XSTATE)
 
@@ -135,7 +146,8 @@ def plan_thread(batch: Batch, pid: int, thread: TracedThread) -> Callable[[], Th
             return ThreadState(
                 tid=own.value,
                 name=name.partition(b"\0")[0],
-                regs=bytes(thread.regs),
+                regs=bytes(regs),
+                restart=restart,
                 xstate=xstate,
                 sigmask=thread.sigmask,
                 altstack=altstack(),
@@ -234,16 +246,19 @@ def fit_xstate(xstate: bytes, size: int, mask: int) -> bytes:
 
 
 def restore_thread_ptrace(
-    thread: TracedThread, state: ThreadState, regs: user_regs_struct | None = None
+    tracer: Tracer, injector: Injector, thread: TracedThread, state: ThreadState
 ) -> None:
     """Set what only a tracer can set, the general registers last; the thread stays stopped.
 
-    ``regs`` replaces the registers in ``state`` where a restarted system call needs others. No
-    call may be injected into the thread afterwards.
+    A restart block is built first, by making the interrupted call for an instant: memory and files
+    must be in place. No batch may run in the thread afterwards.
     """
+    regs = user_regs_struct.from_buffer_copy(state.regs)
+    if state.restart is not None:
+        regs = apply_restart(regs, rearm_restart_block(tracer, injector, thread, state.restart))
     layout = layout_of(ptrace.getregset(thread.tid, NT_X86_XSTATE))
     if len(state.xstate) < LEGACY_AND_HEADER_BYTES:
         raise RestoreError(f"Extended registers of thread {state.tid} are cut short")
     fitted = fit_xstate(state.xstate, layout.size, layout.mask)
     ptrace.setregset(thread.tid, NT_X86_XSTATE, fitted)
-    thread.set_regs_now(regs or user_regs_struct.from_buffer_copy(state.regs), state.sigmask)
+    thread.set_regs_now(regs, state.sigmask)

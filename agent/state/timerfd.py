@@ -1,8 +1,9 @@
 """timerfd_create(2): remaining time, interval, unread expirations and flags, all from fdinfo.
 
-The kernel reports the time that remains, for absolute timers too. A timer on a clock that all hosts share (CLOCK_REALTIME)
-and set to an absolute time keeps that time; any other goes on with what remained when it was dumped.
-Timers are armed last, right before the process is released. Times are nanoseconds.
+The kernel reports the time that remains, for absolute timers too. A timer on a clock that all hosts
+share (CLOCK_REALTIME) and set to an absolute time keeps that time; any other goes on with what
+remained when it was dumped. Timers are armed last, right before the process is released. Times are
+nanoseconds.
 """
 
 from __future__ import annotations
@@ -40,8 +41,9 @@ class _u64(ctypes.Structure):
     _fields_ = [("value", ctypes.c_uint64)]
 
 
-# include/uapi/linux/timerfd.h, ioctl on a timerfd. Since Linux kernel commit 5442e9fbd7c2 ("timerfd: Implement
-# timerfd_ioctl method to restore timerfd_ctx::ticks") (in v3.17), with CONFIG_CHECKPOINT_RESTORE.
+# include/uapi/linux/timerfd.h, ioctl on a timerfd. Since Linux kernel commit 5442e9fbd7c2
+# ("timerfd: Implement timerfd_ioctl method to restore timerfd_ctx::ticks") (in v3.17), with
+# CONFIG_CHECKPOINT_RESTORE.
 TFD_IOC_SET_TICKS = _IOW("T", 0, _u64)
 
 
@@ -49,8 +51,9 @@ def dump_timerfd(job: DumpJob, desc: Description) -> TimerFd | None:
     """Describe a timerfd."""
     info = fdinfo.timerfd(desc.fdinfo)
     if job.content and info.interval_ns and info.ticks and not info.value_ns:
-        # A periodic timer stops at its first expiry until somebody reads it or asks for its time; asking
-        # makes the kernel count what was missed and go on in the same phase, which the program cannot see.
+        # A periodic timer stops at its first expiry until somebody reads it or asks for its time;
+        # asking makes the kernel count what was missed and go on in the same phase, which the
+        # program cannot see.
         spec = ctypes.create_string_buffer(32)
         syscall(NR_timerfd_gettime, job.fetch(desc), ctypes.addressof(spec))
         info = fdinfo.timerfd(fdinfo.read_fdinfo(job.ctx.pid, desc.fd))
@@ -88,16 +91,23 @@ def restore_timerfd(job: RestoreJob, items: Sequence[Item[TimerFd]]) -> None:
 def start_timerfd(job: RestoreJob, items: Sequence[Item[TimerFd]]) -> None:
     """Arm every timer."""
     for item in items:
-        arm(job.fds[item.id], item.body)
+        arm(job.fds[item.id], item.body, elapsed_ns=job.elapsed_ns)
 
 
-def arm(fd: int, body: TimerFd) -> None:
-    """Arm one timer and give it its unread expirations (which arming would reset)."""
+def arm(fd: int, body: TimerFd, *, elapsed_ns: int = 0) -> None:
+    """Arm one timer and give it its unread expirations (which arming would reset).
+
+    ``elapsed_ns`` has passed since it was dumped: a timer that ran out meanwhile expires at once, a
+    periodic one as often as it would have.
+    """
     flags = 0
-    value = body.remaining_ns
+    value = body.remaining_ns - elapsed_ns
     if body.deadline_ns is not None:
         flags, value = body.settime_flags, body.deadline_ns
-    if body.remaining_ns or body.interval_ns:
+    elif body.remaining_ns and value <= 0:
+        flags = TFD_TIMER_ABSTIME
+        value = max(1, time.clock_gettime_ns(body.clockid) + value)
+    if body.remaining_ns:
         spec = struct.pack("=qqqq", *divmod(body.interval_ns, NS), *divmod(value, NS))
         buffer = ctypes.create_string_buffer(spec, len(spec))
         syscall(NR_timerfd_settime, fd, flags, ctypes.addressof(buffer), 0)

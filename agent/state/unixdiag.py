@@ -1,7 +1,7 @@
 """What the kernel tells of all unix sockets of a network namespace: peers, names, queues (sock_diag(7)).
 
-Nothing else connects a socket with its peer. The query is made in the target's network namespace, by a thread that enters it
-and ends. Source: include/uapi/linux/unix_diag.h.
+Nothing else connects a socket with its peer. The query is made in the target's network namespace,
+by a thread that enters it and ends. Source: include/uapi/linux/unix_diag.h.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """unix(7) sockets, the destination side: names bound, peers joined, queues refilled.
 
-An accepted connection has the name of its listener, which nobody can bind a second time; so it is made as it came about: a
-listener stands under the name (the process's own, or one for that moment), one end connects, the other is accepted.
-Order: names and listeners, connections, options, queues, shutdown, and last the removal of nodes that no longer existed.
-Credentials of the peer (SO_PEERCRED) and of queued messages are the agent's.
+An accepted connection has the name of its listener, which nobody can bind a second time; so it is
+made as it came about: a listener stands under the name (the process's own, or one for that moment),
+one end connects, the other is accepted. Order: names and listeners, connections, options, queues,
+shutdown, and last the removal of nodes that no longer existed. Credentials of the peer
+(SO_PEERCRED) and of queued messages are the agent's.
 """
 
 from __future__ import annotations
@@ -76,8 +77,8 @@ def _somebody_listens(root: str, name: bytes) -> bool:
 
 
 def _is_bound(address: bytes) -> bool:
-    # No connection is made: the owner would see it. A socket of a type that nobody uses for a service gets another
-    # error from a bound name than from a stale one.
+    # No connection is made: the owner would see it. A socket of a type that nobody uses for a
+    # service gets another error from a bound name than from a stale one.
     for kind in (socket.SOCK_SEQPACKET, socket.SOCK_DGRAM):
         with socket.socket(socket.AF_UNIX, kind) as sock:
             sock.setblocking(False)

@@ -1,8 +1,9 @@
 """unix(7) sockets, the source side: who is connected to whom, what is queued, under which name.
 
-Peers come from sock_diag(7); queues are peeked at, never read. A peer in another process is an obstacle, except for a datagram
-socket connected to somebody's path (a system log): that is connected again by name. Descriptors in flight inside a queue are an
-obstacle. Restore is in agent.state.unixrestore.
+Peers come from sock_diag(7); queues are peeked at, never read. A peer in another process is an
+obstacle, except for a datagram socket connected to somebody's path (a system log): that is
+connected again by name. Descriptors in flight inside a queue are an obstacle. Restore is in
+agent.state.unixrestore.
 """
 
 from __future__ import annotations
@@ -91,7 +92,8 @@ def _find_peer(
     job: DumpJob, desc: Description, info: UnixInfo, table: dict[int, UnixInfo]
 ) -> tuple[UnixPeer, int, bytes] | None:
     if not info.peer:
-        # No inode: the peer was closed (then both directions are shut), or nobody has accepted it yet.
+        # No inode: the peer was closed (then both directions are shut), or nobody has accepted it
+        # yet.
         if info.type != socket.SOCK_DGRAM and info.shutdown != 3:
             job.refuse(desc, "unix socket", "its connection is not accepted yet", "try again")
             return None
@@ -115,7 +117,8 @@ def _dump_name(job: DumpJob, desc: Description, info: UnixInfo) -> UnixName | No
     directory = ""
     base = f"/proc/{pid}/root"
     if not path.startswith("/"):
-        # Bound relative to a directory that is not recorded anywhere: the present one may be the one.
+        # Bound relative to a directory that is not recorded anywhere: the present one may be the
+        # one.
         directory = os.readlink(f"/proc/{pid}/cwd")
         base = f"/proc/{pid}/cwd/"
     try:
@@ -140,7 +143,8 @@ def _dump_name(job: DumpJob, desc: Description, info: UnixInfo) -> UnixName | No
 
 
 def _is_node(found: os.stat_result, node: tuple[int, int]) -> bool:
-    # The device is not compared: overlayfs and btrfs show another one to stat(2) than the superblock's.
+    # The device is not compared: overlayfs and btrfs show another one to stat(2) than the
+    # superblock's.
     return stat.S_ISSOCK(found.st_mode) and found.st_ino & 0xFFFFFFFF == node[1]
 
 
@@ -157,9 +161,9 @@ def peek_queue(sock: socket.socket) -> list[UnixMessage] | None:
     """
     if sock.type == socket.SOCK_STREAM:
         return _peek_stream(sock)
-    # Datagrams are walked through with a peek offset, which is the socket's: it is put back at once.
-    # The kernel skips an empty datagram that was peeked at before, so that of several looks only the first one sees
-    # it, unless it comes first of all.
+    # Datagrams are walked through with a peek offset, which is the socket's: it is put back at
+    # once. The kernel skips an empty datagram that was peeked at before, so that of several looks
+    # only the first one sees it, unless it comes first of all.
     before = sock.getsockopt(socket.SOL_SOCKET, SO_PEEK_OFF)
     messages: list[UnixMessage] = []
     if before < 0 and sock.type == socket.SOCK_DGRAM:
@@ -197,8 +201,8 @@ def _peek_stream(sock: socket.socket) -> list[UnixMessage] | None:
 
 
 def _peek(sock: socket.socket, size: int) -> UnixMessage | None:
-    # There is room for credentials but none for descriptors: those are not duplicated into the agent, and their
-    # presence shows as MSG_CTRUNC.
+    # There is room for credentials but none for descriptors: those are not duplicated into the
+    # agent, and their presence shows as MSG_CTRUNC.
     passes = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED)
     space = CREDENTIALS_SPACE if passes else 0
     data, _, flags, sender = sock.recvmsg(size, space, socket.MSG_PEEK | socket.MSG_DONTWAIT)

@@ -62,8 +62,10 @@ from agent.tracker.layout import Layout, classify
 from agent.tracker.shared import SharedWatch
 from agent.types import Obstacle
 
-MAX_PASSES = 8
-"""Passes in one round before a surprise is left to the next round (or, in the final one, is an error)."""
+MAX_PASSES = 2
+"""Passes in a running round before a surprise is left to the next round."""
+MAX_FINAL_PASSES = 8
+"""Nothing changes under a final round: registering what is new takes one more pass; beyond that it is an error."""
 WINDOW_GAP_BYTES = 64 * 4096
 """Clean gap that a detailed scan walks rather than start another: an ioctl costs about 4 us, a page about 70 ns."""
 
@@ -267,7 +269,7 @@ class ScanTracker:
         stored: dict[SharedKey, RangeSet] = {}
         try:
             self._retry_excluded()
-            for _ in range(MAX_PASSES):
+            for _ in range(MAX_FINAL_PASSES if final else MAX_PASSES):
                 self._stats.nr_passes += 1
                 self._refresh()
                 if self._pass(pages, absent, stored):
@@ -325,15 +327,15 @@ class ScanTracker:
     def _written(self) -> tuple[RangeSet, bool]:
         # Step 2. Nothing is cleared, so a failure loses nothing.
         found: array[int] = array("Q")
-        settled = True
+        failed: list[tuple[int, int]] = []
         for start, end, _ in self._layout.spans:
             try:
                 found += self._fast_scan(start, end, 0)
             except PermissionError:
-                settled = False
-                for part in self._probe(start, end):
-                    found += part
-        return _all_regions(found), settled
+                failed.append((start, end))
+        if failed:
+            found += self._probe(RangeSet.of(failed))
+        return _all_regions(found), not failed
 
     def _fast_scan(self, start: int, end: int, flags: int) -> array[int]:
         self._stats.nr_scans += 1
@@ -345,17 +347,18 @@ class ScanTracker:
             return_mask=PAGE_IS_WRITTEN,
         )
 
-    def _probe(self, start: int, end: int) -> list[array[int]]:
+    def _probe(self, failed: RangeSet) -> array[int]:
         # Find which mappings are not registered (with maps of now, not of the start of the round: else a large
-        # mapping would be taken for new because something landed inside it).
-        found = []
+        # mapping would be taken for new because something landed inside it); return what the others have.
+        found: array[int] = array("Q")
+        lost: list[tuple[int, int]] = []
         for entry in parse_maps(read_maps(self.pid)):
-            low, high = max(entry.start, start), min(entry.end, end)
-            if low < high:
+            for start, end in failed.clip(entry.start, entry.end):
                 try:
-                    found.append(self._fast_scan(low, high, 0))
+                    found += self._fast_scan(start, end, 0)
                 except PermissionError:
-                    self._registered = self._registered.subtract(RangeSet((low, high)))
+                    lost.append((start, end))
+        self._registered = self._registered.subtract(RangeSet.of(lost))
         return found
 
     def _take(
@@ -380,8 +383,7 @@ class ScanTracker:
                 )
             except PermissionError:
                 self._suspect.add(start, end)
-                self._probe(start, end)
-                settled = False
+                settled = False  # the next fast scan meets the same mapping and finds out which
         return _select(found, 0, PAGE_IS_FILE) if of_file else _all_regions(found), settled
 
     def _check_copied(self, held: RangeSet, pages: RangeSet, absent: RangeSet) -> None:
@@ -423,7 +425,6 @@ class ScanTracker:
                 found += self._fast_scan(start, end, PM_SCAN_WP_MATCHING)
             except PermissionError:
                 settled = False
-                self._probe(start, end)
                 self._remapped.update(
                     key
                     for entry, key in self._layout.shared_mappings

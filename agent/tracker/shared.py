@@ -7,7 +7,12 @@ a mapping that came and went between two rounds, or by punching holes. An object
   the description memfd_create(2) returned, and never for mmap stores: so it separates the two);
 - its size, blocks or time stamps changed, or were too fresh to trust, and nothing explains that. Stores through a
   mapping explain it (the kernel updates mtime at the first store to a protected page) unless the target also
-  holds a descriptor that could have written. F_SEAL_WRITE and F_SEAL_FUTURE_WRITE rule the latter out.
+  holds a descriptor that could have written (F_SEAL_WRITE and F_SEAL_FUTURE_WRITE rule that out), or the object was
+  seen to lose pages: a hole that was punched (MADV_REMOVE) and read again before we looked is populated, zero and
+  still protected. The caller drops what holes it sees in any case.
+
+Known gap: the first punch ever seen of an object without descriptors, undone by reads of every page of it and hidden
+by stores elsewhere in the same round.
 
 Time stamps are taken before the content is read, so a write that comes later shows in the next round.
 An object with no descriptor to be had (MAP_SHARED|MAP_ANONYMOUS without CAP_CHECKPOINT_RESTORE) has only its mappings;
@@ -26,11 +31,13 @@ import time
 from collections.abc import Iterable
 
 from agent.kernel.libc import libc
+from agent.pages.extents import shared_extents
 from agent.procfs.maps import MapsEntry
+from agent.ranges import RangeSet
 from agent.tracker.base import SharedKey
 
 FRESH_NS = 20_000_000
-"""Time stamps younger than this may not move at the next write: kernels before 6.13 stamp with the tick (10 ms at most)."""
+"""Time stamps younger than this may not move at the next write: kernels before 6.13 stamp with the tick."""
 
 _IN_MODIFY = 0x2
 _IN_OPEN = 0x20
@@ -44,7 +51,7 @@ Stamp = tuple[int, int, int, int]  # st_mtime_ns, st_ctime_ns, st_size, st_block
 class _Object:
     """What is known of one object."""
 
-    __slots__ = ("fd", "fresh", "mappings", "seen", "stamp", "watch", "writable_before")
+    __slots__ = ("extents", "fd", "fresh", "mappings", "punched", "seen", "stamp", "watch", "writable_before")
 
     def __init__(self, fd: int | None) -> None:
         self.fd = fd
@@ -54,6 +61,8 @@ class _Object:
         self.seen = False  # reported whole once
         self.watch = -1
         self.writable_before = True
+        self.extents = RangeSet()
+        self.punched = False  # holes were punched once: it may happen again unseen
 
 
 def open_mapped(pid: int, entry: MapsEntry) -> int | None:
@@ -200,6 +209,8 @@ class SharedWatch:
             if self._stamp_changed(known):
                 if key not in stored:
                     result.add(key)
+                elif _loses_pages(known):
+                    result.add(key)
                 elif not _sealed(known):
                     doubtful.add(key)
         if doubtful:
@@ -220,6 +231,14 @@ class SharedWatch:
         known.fresh = abs(time.time_ns() - max(stamp[0], stamp[1])) < FRESH_NS
         known.stamp = stamp
         return changed
+
+
+def _loses_pages(known: _Object) -> bool:
+    if known.fd is not None and not known.punched:
+        extents = shared_extents(known.fd)
+        known.punched = bool(known.extents.subtract(extents))
+        known.extents = extents
+    return known.punched
 
 
 def _sealed(known: _Object) -> bool:

@@ -1,4 +1,7 @@
-"""An epoll(7) instance: its interest list. The ready list is found again by adding the interests."""
+"""An epoll(7) instance: its interest list.
+
+The ready list is found again by adding the interests.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,9 @@ from dataclasses import dataclass
 class EpollItem:
     """One interest: the number it was added under, and the description it watches.
 
-    The two differ when the number was closed, or given to another file, while a duplicate kept the description.
-    ``events`` holds only EPOLLET, EPOLLONESHOT... when a one-shot interest has fired and waits to be rearmed.
+    The two differ when the number was closed, or given to another file, while a duplicate kept the
+    description. ``events`` holds only EPOLLET, EPOLLONESHOT... when a one-shot interest has fired
+    and waits to be rearmed.
     """
 
     fd: int

@@ -1,9 +1,10 @@
 """The file descriptor table of a process and the open file descriptions behind it.
 
-A *description* (open file description, open(2)) is what dup(2) and fork(2) share: it has the offset and the
-status flags. It is saved once, under an ``id`` that means something only inside one ``FilesState``; each
-number in the table names the description it points at. ``body`` is the encoded schema of the kind, one module
-of this package per kind (``FILE_BODIES``). Numbers and ids are the target's; nothing here touches a system.
+A *description* (open file description, open(2)) is what dup(2) and fork(2) share: it has the offset
+and the status flags. It is saved once, under an ``id`` that means something only inside one
+``FilesState``; each number in the table names the description it points at. ``body`` is the encoded
+schema of the kind, one module of this package per kind (``FILE_BODIES``). Numbers and ids are the
+target's; nothing here touches a system.
 """
 
 from __future__ import annotations

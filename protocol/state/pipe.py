@@ -11,8 +11,8 @@ MAX_CAPACITY = 1 << 31
 class PipeEnd:
     """``pipe_id`` joins the ends of one pipe; the access mode of the description says which end it is.
 
-    ``chunks`` are what reads would return in turn: whole packets when the writer is in packet mode (O_DIRECT).
-    Only one end of a pipe has any. ``path`` is that of a FIFO, empty for a pipe(2).
+    ``chunks`` are what reads would return in turn: whole packets when the writer is in packet mode
+    (O_DIRECT). Only one end of a pipe has any. ``path`` is that of a FIFO, empty for a pipe(2).
     """
 
     pipe_id: int

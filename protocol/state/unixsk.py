@@ -25,7 +25,10 @@ class UnixPeer(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnixMessage:
-    """Queued bytes: one datagram, or a piece of a stream. ``sender`` is the name it came from (may be empty)."""
+    """Queued bytes: one datagram, or a piece of a stream.
+
+    ``sender`` is the name it came from (may be empty).
+    """
 
     data: bytes
     sender: bytes = b""
@@ -55,7 +58,10 @@ class UnixName:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnixSocket:
-    """One socket; ``queue`` is what it has received and not read. ``backlog`` is -1 unless it listens."""
+    """One socket; ``queue`` is what it has received and not read.
+
+    ``backlog`` is -1 unless it listens.
+    """
 
     type: int
     options: SocketOptions

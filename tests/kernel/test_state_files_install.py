@@ -134,7 +134,8 @@ def test_everything_at_once(tmp_path: Path) -> None:
         assert comparable(again) == comparable(state)
         pidfd = ctx.pidfd
         epoll = select.epoll.fromfd(pidfd_getfd(pidfd, 41))
-        # The epoll descriptor shows what is ready by the data of the interests, as the target would see it.
+        # The epoll descriptor shows what is ready by the data of the interests, as the target would
+        # see it.
         ready = dict(epoll.poll(0))
         epoll.close()
         # User data 0xfeedface00000001 is cut to 32 bits by select.epoll.

@@ -82,10 +82,10 @@ def _worker(ready: threading.Event) -> None:
     os.sched_setaffinity(0, {0})
     os.setpriority(os.PRIO_PROCESS, 0, 9)
     prctl(PR_SET_TIMERSLACK, 77777)
-    prctl(PR_SET_PDEATHSIG, signal.SIGUSR2)
     syscall(NR_ioprio_set, 1, 0, 3 << 13)
     if os.geteuid() == 0:
         syscall(NR_setfsuid, 1234)
+    prctl(PR_SET_PDEATHSIG, signal.SIGUSR2)  # a change of credentials would reset it
     event = ctypes.create_string_buffer(struct.pack("=Qiii44x", 0xABCD, 41, 4, tid))
     ident = ctypes.c_int()
     syscall(NR_timer_create, 3, ctypes.addressof(event), ctypes.addressof(ident))
@@ -136,7 +136,7 @@ def dump(tracer: Tracer, *, crash_safe: bool = True) -> TaskState:
 
 
 def dump_with(tracer: Tracer, injector: Injector) -> TaskState:
-    batches = {tid: Batch() for tid in tracer.threads}
+    batches = {int(tid): Batch() for tid in tracer.threads}
     task = TaskDump(context_of(tracer.pid), tracer)
     task.plan(batches)
     injector.run_parallel(batches)
@@ -228,7 +228,7 @@ def same_but_times(state: TaskState) -> TaskState:
         ),
     )
     threads = tuple(
-        dataclasses.replace(thread, regs=bytes(216), xstate=bytes(576)) for thread in state.threads
+        dataclasses.replace(thread, regs=bytes(216), xstate=bytes(576), restart=None) for thread in state.threads
     )
     return dataclasses.replace(state, process=process, timers=timers, threads=threads)
 
@@ -277,7 +277,7 @@ def restore(tracer: Tracer, injector: Injector, state: TaskState) -> TaskRestore
     for tid in list(tracer.new_children):
         tracer.adopt(tid)
     host_tids = task.host_tids()
-    batches = {}
+    batches: dict[int, Batch] = {}
     for thread in state.threads[1:]:
         batches[host_tids[thread.tid]] = batch = Batch()
         task.thread_calls(batch, thread.tid)
@@ -311,7 +311,7 @@ def test_restored_task_dumps_as_the_original() -> None:
                 assert without_sigmask(same_but_times(again)) == without_sigmask(
                     same_but_times(original)
                 )
-                task.finish_ptrace(tracer)
+                task.finish_ptrace(tracer, injector)
                 for thread in original.threads:
                     regs = ptrace.getregs(thread.tid)
                     assert regs == user_regs_struct.from_buffer_copy(thread.regs)

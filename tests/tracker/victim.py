@@ -12,6 +12,7 @@ import os
 import random
 import sys
 import threading
+import time
 from collections.abc import Callable
 
 PAGE = 4096
@@ -71,8 +72,9 @@ class Mutator:
 
     def run(self) -> None:
         while True:
-            _, action = self.random.choices(self.actions, self.weights)[0]
-            action()
+            for _, action in self.random.choices(self.actions, self.weights, k=8):
+                action()
+            time.sleep(0.0005)  # without it the agent mostly waits for the mmap lock
 
     def part(self, base: int, pages: int = SLOT_PAGES, most: int = 24) -> tuple[int, int]:
         first = self.random.randrange(pages)

@@ -26,6 +26,7 @@ from protocol.state import KINDS, decode_section, encode_section
 from protocol.state.creds import CredState
 from protocol.state.limits import NR_LIMITS, LimitsState, ResourceLimit
 from protocol.state.process import ProcessState
+from protocol.state.restart import RestartState
 from protocol.state.sched import SchedState
 from protocol.state.signals import AltStack, SignalAction, SignalsState
 from protocol.state.thread import REGS_BYTES, RseqState, ThreadState
@@ -69,6 +70,7 @@ def thread(tid: int) -> ThreadState:
         tid=tid,
         name=b"worker\xff",
         regs=bytes(REGS_BYTES),
+        restart=RestartState(nr=35, args=(1, 2, 3, 4, 5, 6), remaining_ns=5),
         xstate=bytes(832),
         sigmask=(1 << 64) - 1,
         altstack=AltStack(sp=1 << 40, flags=1 << 31, size=65536),

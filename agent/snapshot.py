@@ -67,10 +67,11 @@ def send_files(link: Link, target: Target) -> None:
     link.send(encode_section("files", target.ns_pid, dump_files(target.ctx)))
 
 
-def send_task(
-    link: Link, target: Target, tracer: Tracer, threads: list[TracedThread], guards: Iterable[int]
-) -> None:
-    """Dump and send everything but memory and files; every thread is stopped under this thread's ptrace.
+def send_task(link: Link, target: Target, tracer: Tracer, threads: list[TracedThread]) -> int:
+    """Dump and send threads and process; every thread is stopped under this thread's ptrace.
+
+    Runs calls in the threads, which changes memory here and there (rseq areas, remainders of sleeps): the last
+    look at memory must come later. Returns the program break.
 
     :raises MigrationError: something cannot be dumped; nothing was changed.
     """
@@ -83,5 +84,10 @@ def send_task(
         task = dump.state()
     for kind, owner, section in task.sections():
         link.send(encode_section(kind, owner, section))
-    mm = dump_mm(target.pid, brk=brk.value, guards=guards)
+    return brk.value
+
+
+def send_mm(link: Link, target: Target, *, brk: int, guards: Iterable[int]) -> None:
+    """Send the memory descriptor; ``guards`` are those of the last look at memory."""
+    mm = dump_mm(target.pid, brk=brk, guards=guards)
     link.send(encode_section("mm", target.ns_pid, mm))

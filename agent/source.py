@@ -39,9 +39,8 @@ from agent.report import CompletedReport, PhaseClock, Reporter, RoundReport, dow
 from agent.resolve import resolve
 from agent.rounds import RoundSender
 from agent.session_store import SessionStore
-from agent.snapshot import send_files, send_plan, send_task
+from agent.snapshot import send_files, send_mm, send_plan, send_task
 from agent.target.inject import Injector
-from agent.target.restart import hide_eintr
 from agent.target.tracer import TracedThread, Tracer, pick_injection_thread
 from agent.tracker.base import Tracker
 from agent.tracker.choose import choose_tracker
@@ -293,18 +292,17 @@ class _Migration:
     def _send_final(
         self, link: Link, rounds: RoundSender, tracer: Tracer, threads: list[TracedThread]
     ) -> None:
-        for thread in threads:
-            hide_eintr(thread)
         if self.limiter is not None:
             self.limiter.enabled = False
         link.send(Switchover())
+        with self._phase("task", frozen=True):
+            brk = send_task(link, self.target, tracer, threads)
         with self._phase("files", frozen=True):
             send_files(link, self.target)
         with self._phase("last round", frozen=True):
             dirty = rounds.collect(final=True)
             self.reports.append(rounds.send_round(len(self.reports), dirty, final=True))
-        with self._phase("task", frozen=True):
-            send_task(link, self.target, tracer, threads, dirty.guards.pairs)
+        send_mm(link, self.target, brk=brk, guards=dirty.guards.pairs)
         digest = None
         if self.options.verify:
             with self._phase("digest", frozen=True):

@@ -104,7 +104,8 @@ def parse_creds(text: bytes, securebits: int) -> CredState:
     :raises ValueError: that is not such a text.
     """
     ids_at, caps_at = text.find(b"\nUid:"), text.find(b"\nCapInh:")
-    ids_end, caps_end = text.find(b"\nVm", ids_at), text.find(b"\nSeccomp:", caps_at)
+    # Not more than that, or no two threads would have the same text.
+    ids_end, caps_end = text.find(b"\nNStgid:", ids_at), text.find(b"\nSeccomp:", caps_at)
     return _parse_creds(text[ids_at:ids_end], text[caps_at:caps_end], securebits)
 
 

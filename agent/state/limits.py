@@ -1,8 +1,8 @@
-"""Resource limits, read and set from inside the process.
+"""Resource limits: read from /proc, set from inside the process.
 
-prlimit(2) on a process of another uid needs CAP_SYS_RESOURCE, which even root may lack; inside the
-process reading is always allowed and so is lowering. Raising a hard limit is not: what the
-destination's agent has itself is the most a restored process can get. Source: getrlimit(2).
+prlimit(2) on a process of another uid needs CAP_SYS_RESOURCE, which even root may lack. Inside the
+process lowering is always allowed. Raising a hard limit is not: what the destination's agent has
+itself is the most a restored process can get. Sources: getrlimit(2), proc_pid_limits(5).
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 import resource
 import struct
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
+from agent.errors import DumpError
 from agent.kernel.syscalls import NR_prlimit64
 from agent.procfs.limits import RESOURCE_NAMES, read_limits
 from agent.state.creds import own_capabilities
@@ -39,22 +39,20 @@ _RAISED_EARLY: Final = (
 CAP_SYS_RESOURCE: Final = 24
 
 
-def plan_limits(batch: Batch) -> Callable[[], LimitsState]:
-    """Add the calls that read all limits of the process that runs ``batch``."""
-    out = batch.buffer(_RLIMIT64.size * NR_LIMITS)
-    for number in range(NR_LIMITS):
-        batch.call(NR_prlimit64, 0, number, 0, out.at(_RLIMIT64.size * number), name="prlimit64")
+def dump_limits(pid: int) -> LimitsState:
+    """Return all limits of a process.
 
-    def collect() -> LimitsState:
-        pairs = _RLIMIT64.iter_unpack(out.read())
-        return LimitsState(
-            limits=tuple(
-                ResourceLimit(resource=number, soft=soft, hard=hard)
-                for number, (soft, hard) in enumerate(pairs)
-            )
+    :raises DumpError: the kernel does not show all of them.
+    """
+    limits = read_limits(pid)
+    if limits.keys() != set(range(NR_LIMITS)):
+        raise DumpError(f"Cannot dump the limits of task {pid}: only {len(limits)} are shown")
+    return LimitsState(
+        limits=tuple(
+            ResourceLimit(resource=number, soft=limit.soft, hard=limit.hard)
+            for number, limit in sorted(limits.items())
         )
-
-    return collect
+    )
 
 
 def raise_limits_calls(batch: Batch, pid: int) -> None:

@@ -60,7 +60,6 @@ from agent.kernel.syscalls import (
     NR_umask,
 )
 from agent.kernel.timers import CLOCK_BOOTTIME, CLOCK_MONOTONIC, CLOCK_REALTIME, NS_PER_S
-from agent.procfs.files import read_bytes
 from agent.procfs.process import (
     read_coredump_filter,
     read_cwd,
@@ -78,19 +77,21 @@ _LOG = logging.getLogger(__name__)
 _PERSONALITY_QUERY: Final = 0xFFFFFFFF
 _CLOCKS: Final = (CLOCK_MONOTONIC, CLOCK_BOOTTIME, CLOCK_REALTIME)
 _UMASK: Final = re.compile(rb"\nUmask:\t([0-7]+)\n")
+_SIG_IGN: Final = re.compile(rb"\nSigIgn:\t(\w+)\n")
+_SIG_CGT: Final = re.compile(rb"\nSigCgt:\t(\w+)\n")
 _TIMESPEC: Final = struct.Struct("=qq")
 _SUBREAPER_AT: Final = _TIMESPEC.size * len(_CLOCKS)
 _XCOMP_AT: Final = _SUBREAPER_AT + 8
 
 
 def plan_process(
-    batch: Batch, pid: int, *, stop_signal: int
+    batch: Batch, pid: int, status: bytes, *, stop_signal: int
 ) -> Callable[[], ProcessState]:
     """Read what /proc says of the stopped process ``pid`` and add the calls for the rest to its
     leader's batch.
     """
     offsets = _timens_offsets(pid)
-    umask = _umask(pid)
+    umask = int(_field(status, _UMASK), 8)
     cwd, root = read_cwd(pid), read_root(pid)
     oom_score_adj = read_oom_score_adj(pid)
     coredump_filter = read_coredump_filter(pid)
@@ -144,11 +145,16 @@ def plan_process(
     return collect
 
 
-def _umask(pid: int) -> int:
-    match = _UMASK.search(read_bytes(f"/proc/{pid}/status"))
+def _field(status: bytes, pattern: re.Pattern[bytes]) -> bytes:
+    match = pattern.search(status)
     if match is None:
-        raise DumpError(f"Cannot dump task {pid}: its status shows no umask")
-    return int(match[1], 8)
+        raise DumpError(f"Cannot dump a task whose status does not show {pattern.pattern!r}")
+    return match[1]
+
+
+def handled_signals(status: bytes) -> int:
+    """Return the mask of the signals that are caught or ignored, from the text of a status file."""
+    return int(_field(status, _SIG_IGN), 16) | int(_field(status, _SIG_CGT), 16)
 
 
 def _timens_offsets(pid: int) -> dict[str, int]:

@@ -85,7 +85,8 @@ def affinity_bytes() -> int:
 
 
 @functools.cache
-def _default_slice_ns() -> int:
+def default_slice_ns() -> int:
+    """Return the time slice of an ordinary thread of this host, 0 where the kernel does not tell."""
     # Since Linux kernel commit 857b158dc5e8 ("sched/eevdf: Use sched_attr::sched_runtime to set
     # request/slice suggestion") (in v6.12), an ordinary thread reports its slice as sched_runtime.
     # Setting the default explicitly would turn it into a custom one.
@@ -109,7 +110,7 @@ def plan_sched(batch: Batch) -> Callable[[], SchedState]:
         )
         bits = int.from_bytes(mask.read(), "little")
         if policy != SCHED_DEADLINE:
-            runtime = 0 if runtime == _default_slice_ns() else runtime
+            runtime = 0 if runtime == default_slice_ns() else runtime
         return SchedState(
             policy=policy,
             flags=flags & _KEPT_FLAGS,

@@ -29,25 +29,27 @@ from agent.kernel.clone import (
     clone_args,
 )
 from agent.kernel.syscalls import NR_clone3
+from agent.procfs.files import read_bytes
 from agent.procfs.process import list_tids
 from agent.procfs.status import Status, read_status, read_task_status
 from agent.procfs.timers import PosixTimer, read_timers
 from agent.state.creds import check_creds_restore, creds_of, own_securebits, own_status
 from agent.state.limits import (
     check_limits_restore,
-    plan_limits,
+    dump_limits,
     raise_limits_calls,
     restore_limits_calls,
 )
 from agent.state.process import (
     dumpable_call,
+    handled_signals,
     plan_process,
     restore_process_calls,
     session_calls,
     thp_call,
     write_process_files,
 )
-from agent.state.sched import check_sched_restore
+from agent.state.sched import check_sched_restore, default_slice_ns, online_mask, plan_sched
 from agent.state.signals import (
     block_signals_call,
     plan_actions,
@@ -69,6 +71,7 @@ from agent.state.timers import (
     plan_timers,
     settle_expired,
 )
+from agent.target.batch import Batch
 from agent.types import Obstacle, Tid
 from protocol.state.limits import LimitsState
 from protocol.state.process import ProcessState
@@ -78,7 +81,7 @@ from protocol.state.timers import TimersState
 
 if TYPE_CHECKING:
     from agent.state.context import DumpContext
-    from agent.target.inject import Batch, Injector
+    from agent.target.inject import Injector
     from agent.target.tracer import Tracer
 
 _LOG = logging.getLogger(__name__)
@@ -147,6 +150,16 @@ class TaskState:
             raise RestoreError(f"Received task state makes no sense: {err}") from err
 
 
+def warm_up() -> None:
+    """Fill what a dump asks the system for only once, so that the first one finds it while the
+    target is frozen.
+    """
+    own = Batch()
+    plan_sched(own)
+    default_slice_ns()
+    online_mask()
+
+
 class TaskDump:
     """The dump of one process whose threads ``tracer`` has all stopped: plan(), run the batches,
     then state().
@@ -179,9 +192,10 @@ class TaskDump:
         self._made_timers: list[PosixTimer] = read_timers(self._pid)
         self._host_tids = {thread.tid: 0 for thread in self._threads}
         self._timers = plan_timers(leader, self._made_timers, self._host_tids)
-        self._process = plan_process(leader, self._pid, stop_signal=self._stop_signal)
-        self._limits = plan_limits(leader)
-        self._actions = plan_actions(leader)
+        status = read_bytes(f"/proc/{self._pid}/status")
+        self._process = plan_process(leader, self._pid, status, stop_signal=self._stop_signal)
+        self._limits = dump_limits(self._pid)
+        self._actions = plan_actions(leader, handled_signals(status))
 
     def state(self) -> TaskState:
         """Return everything, after the batches have run; the threads must still be stopped."""
@@ -211,7 +225,7 @@ class TaskDump:
         window_ns = time.monotonic_ns() - self._planned_ns
         return TaskState(
             process=self._process(),
-            limits=self._limits(),
+            limits=self._limits,
             signals=SignalsState(actions=self._actions(), pending=shared),
             timers=settle_expired(self._timers(), everything, window_ns),
             threads=tuple(part.finish(private.get(part.host_tid, ())) for part in parts),

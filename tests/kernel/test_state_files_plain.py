@@ -177,8 +177,9 @@ def test_eventfd_timerfd_signalfd(tmp_path: Path) -> None:
     keep(libc.eventfd(2, 1), 51)
     def timer(clock, flags, interval, value):
         fd = libc.timerfd_create(clock, 0)
-        spec = struct.pack("=qqqq", int(interval), int(interval % 1 * 1e9), int(value), int(value %
-        1 * 1e9)) assert libc.timerfd_settime(fd, flags, spec, None) == 0 return fd
+        spec = struct.pack("=qqqq", int(interval), int(interval % 1 * 1e9), int(value), int(value % 1 * 1e9))
+        assert libc.timerfd_settime(fd, flags, spec, None) == 0
+        return fd
     keep(timer(1, 0, 2.5, 1000), 52)
     keep(timer(0, 3, 0, time.time() + 500), 53)
     keep(timer(1, 0, 0.01, 0.01), 54)

@@ -26,16 +26,19 @@ def test_listening_and_bound_inet_sockets(tmp_path: Path) -> None:
     code = """
     def keep(s, number):
         os.dup2(s.fileno(), number); s.close()
-    a = socket.socket(); a.setsockopt(1, socket.SO_REUSEADDR, 1); a.setsockopt(6,
-    socket.TCP_NODELAY, 1) a.setsockopt(1, socket.SO_KEEPALIVE, 1); a.setsockopt(6,
-    socket.TCP_KEEPIDLE, 77) a.bind(("127.0.0.1", 0)); a.listen(37); a.setblocking(False); keep(a,
-    50) b = socket.socket(socket.AF_INET6); b.setsockopt(41, socket.IPV6_V6ONLY, 1) b.setsockopt(1,
-    socket.SO_LINGER, struct.pack("ii", 1, 9)); b.settimeout(None) b.setsockopt(1,
-    socket.SO_RCVTIMEO, struct.pack("qq", 3, 0)); b.setsockopt(1, socket.SO_SNDBUF, 50000)
-    b.bind(("::1", 0)); b.listen(5); keep(b, 51) u = socket.socket(type=socket.SOCK_DGRAM);
-    u.setsockopt(1, socket.SO_BROADCAST, 1) u.setsockopt(0, socket.IP_TTL, 33); u.bind(("127.0.0.1",
-    0)) v = socket.socket(type=socket.SOCK_DGRAM); v.connect(u.getsockname()) keep(u, 52); keep(v,
-    53) keep(socket.socket(), 54) ready()
+    a = socket.socket(); a.setsockopt(1, socket.SO_REUSEADDR, 1); a.setsockopt(6, socket.TCP_NODELAY, 1)
+    a.setsockopt(1, socket.SO_KEEPALIVE, 1); a.setsockopt(6, socket.TCP_KEEPIDLE, 77)
+    a.bind(("127.0.0.1", 0)); a.listen(37); a.setblocking(False); keep(a, 50)
+    b = socket.socket(socket.AF_INET6); b.setsockopt(41, socket.IPV6_V6ONLY, 1)
+    b.setsockopt(1, socket.SO_LINGER, struct.pack("ii", 1, 9)); b.settimeout(None)
+    b.setsockopt(1, socket.SO_RCVTIMEO, struct.pack("qq", 3, 0)); b.setsockopt(1, socket.SO_SNDBUF, 50000)
+    b.bind(("::1", 0)); b.listen(5); keep(b, 51)
+    u = socket.socket(type=socket.SOCK_DGRAM); u.setsockopt(1, socket.SO_BROADCAST, 1)
+    u.setsockopt(0, socket.IP_TTL, 33); u.bind(("127.0.0.1", 0))
+    v = socket.socket(type=socket.SOCK_DGRAM); v.connect(u.getsockname())
+    keep(u, 52); keep(v, 53)
+    keep(socket.socket(), 54)
+    ready()
     """
     with live_child(tmp_path, code) as child:
         assert child.check() == []
@@ -175,12 +178,14 @@ def test_unix_names_listeners_and_accepted_connections(tmp_path: Path) -> None:
     keep(l, 50); keep(c, 51); keep(s, 52)
     x = socket.socket(socket.AF_UNIX); x.bind("relative"); x.listen(1); keep(x, 53)
     y = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM); y.bind(cwd + "/dgram")
-    z = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM); z.connect(cwd + "/dgram");
-    z.send(b"anonymous") w = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM); w.bind(b"\\0named-%d"
-    % os.getpid()) w.sendto(b"named", cwd + "/dgram") keep(y, 54); keep(z, 55); keep(w, 56) t =
-    socket.socket(socket.AF_UNIX); t.bind(cwd + "/temporary"); t.listen() tc =
-    socket.socket(socket.AF_UNIX); tc.connect(cwd + "/temporary"); ts, _ = t.accept() t.close();
-    os.unlink("temporary"); keep(tc, 57); keep(ts, 58) ready()
+    z = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM); z.connect(cwd + "/dgram"); z.send(b"anonymous")
+    w = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM); w.bind(b"\\0named-%d" % os.getpid())
+    w.sendto(b"named", cwd + "/dgram")
+    keep(y, 54); keep(z, 55); keep(w, 56)
+    t = socket.socket(socket.AF_UNIX); t.bind(cwd + "/temporary"); t.listen()
+    tc = socket.socket(socket.AF_UNIX); tc.connect(cwd + "/temporary"); ts, _ = t.accept()
+    t.close(); os.unlink("temporary"); keep(tc, 57); keep(ts, 58)
+    ready()
     """
     with live_child(tmp_path, code) as child:
         assert child.check() == []
@@ -248,8 +253,9 @@ def test_unix_obstacles(tmp_path: Path) -> None:
 
 def test_a_log_socket_is_connected_again_by_name(tmp_path: Path) -> None:
     code = """
-    s = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM); s.connect(sys.argv[1].rpartition("/")[0] +
-    "/log") os.dup2(s.fileno(), 50); s.close() ready()
+    s = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM); s.connect(sys.argv[1].rpartition("/")[0] + "/log")
+    os.dup2(s.fileno(), 50); s.close()
+    ready()
     """
     log = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     log.bind(str(tmp_path / "log"))

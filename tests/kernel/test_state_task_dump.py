@@ -23,6 +23,7 @@ import pytest
 
 from agent.kernel import ptrace
 from agent.kernel.arch.x86_64 import NT_X86_XSTATE, user_regs_struct
+from agent.kernel.clone import CLONE_NEWPID, fork_with
 from agent.kernel.libc import syscall
 from agent.kernel.prctl import (
     PR_SET_CHILD_SUBREAPER,
@@ -43,6 +44,8 @@ from agent.kernel.syscalls import (
     NR_timer_settime,
 )
 from agent.procfs.process import list_tids
+from agent.procfs.stat import read_stat
+from agent.procfs.syscall import read_syscall
 from agent.state.context import DumpContext
 from agent.state.task import TaskDump, TaskRestore, TaskState, check_task_restore
 from agent.target.inject import Batch, Injector
@@ -238,9 +241,9 @@ def without_sigmask(state: TaskState) -> TaskState:
     return dataclasses.replace(state, threads=threads)
 
 
-def fork_twin() -> int:
+def fork_twin(flags: int) -> int:
     """Fork this process; the twin only waits."""
-    pid = os.fork()
+    pid = fork_with(flags)
     if pid == 0:
         signal.signal(signal.SIGUSR1, signal.SIG_DFL)
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -291,15 +294,16 @@ def restore(tracer: Tracer, injector: Injector, state: TaskState) -> TaskRestore
     return task
 
 
-def test_restored_task_dumps_as_the_original() -> None:
+@pytest.mark.parametrize("own_pid", [None, 1], ids=["same-pid-namespace", "new-pid-namespace"])
+def test_restored_task_dumps_as_the_original(own_pid: int | None) -> None:
     skip_unless_root()
     with rich_child() as child:
-        twin = child.run(fork_twin)
+        twin = child.run(fork_twin, CLONE_NEWPID if own_pid else 0)
         try:
             child.wait_idle()
             with Tracer(child.pid) as tracer:
                 tracer.stop_all()
-                original = in_twin(dump(tracer), twin)
+                original = in_twin(dump(tracer), own_pid or twin)
             child.close()  # its thread ids are needed now
             wait_for(lambda: not os.path.exists(f"/proc/{child.pid}"), "the source to be gone")
             with Tracer(twin, kill_on_exit=True) as tracer:
@@ -313,10 +317,11 @@ def test_restored_task_dumps_as_the_original() -> None:
                 )
                 task.finish_ptrace(tracer, injector)
                 for thread in original.threads:
-                    regs = ptrace.getregs(thread.tid)
+                    tid = task.host_tids()[thread.tid]
+                    regs = ptrace.getregs(tid)
                     assert regs == user_regs_struct.from_buffer_copy(thread.regs)
-                    assert ptrace.getregset(thread.tid, NT_X86_XSTATE) == thread.xstate
-                    assert ptrace.getsigmask(thread.tid) == thread.sigmask
+                    assert ptrace.getregset(tid, NT_X86_XSTATE) == thread.xstate
+                    assert ptrace.getsigmask(tid) == thread.sigmask
                 os.kill(twin, signal.SIGKILL)
         finally:
             try:
@@ -346,3 +351,55 @@ def test_unprivileged_process_can_be_dumped(rounds: int) -> None:
                 assert thread.creds.cap_permitted == 0
             assert state.process.dumpable in (0, 2)
             assert child.run(os.getuid) == 1000
+
+
+def test_ids_are_those_the_process_itself_sees() -> None:
+    skip_unless_root()
+    with rich_child() as child:
+        inner = child.run(fork_rich_init)
+        wait_for(lambda: len(list_tids(inner)) == 3, "the threads")
+        wait_for(lambda: read_syscall(inner, inner) is not None, "the init to pause")
+        with Tracer(inner) as tracer:
+            tracer.stop_all()
+            state = dump(tracer)
+        assert [thread.tid for thread in state.threads] == [1, 2, 3]
+        assert state.process.pid == 1
+        assert [timer.thread_id for timer in state.timers.posix_timers] == [0, 2, 3]
+
+
+def fork_rich_init() -> int:
+    pid = fork_with(CLONE_NEWPID)
+    if pid == 0:
+        become_rich()
+        while True:
+            signal.pause()
+    return pid
+
+
+def test_stopped_process_is_dumped_as_stopped() -> None:
+    with puppet() as child:
+        os.kill(child.pid, signal.SIGSTOP)
+        wait_for(lambda: read_stat(child.pid).state == "T", "the stop")
+        with Tracer(child.pid) as tracer:
+            tracer.stop_all()
+            state = dump(tracer)
+        assert state.process.stop_signal == signal.SIGSTOP
+        assert state.leader.pending == ()
+        wait_for(lambda: read_stat(child.pid).state == "T", "the stop to go on")
+        os.kill(child.pid, signal.SIGCONT)
+        assert child.run(os.getpid) == child.pid
+
+
+def test_timer_keeps_running_while_it_is_dumped() -> None:
+    with puppet() as child:
+        child.run(signal.signal, signal.SIGALRM, signal.SIG_DFL)
+        child.run(signal.pthread_sigmask, signal.SIG_BLOCK, [signal.SIGALRM])
+        for _ in range(20):
+            child.run(signal.setitimer, signal.ITIMER_REAL, 0.0015)
+            with Tracer(child.pid) as tracer:
+                tracer.stop_all()
+                state = dump(tracer)
+            fired = any(int.from_bytes(i[:4], "little") == signal.SIGALRM for i in state.signals.pending)
+            armed = any(timer.remaining_ns for timer in state.timers.interval_timers)
+            assert fired != armed, "the alarm must be carried exactly once"
+            child.run(signal.sigwait, [signal.SIGALRM])

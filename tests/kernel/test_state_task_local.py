@@ -21,11 +21,12 @@ from agent.kernel.features import kernel_features
 from agent.kernel.libc import syscall
 from agent.kernel.prctl import prctl
 from agent.kernel.syscalls import NR_timer_create, NR_timer_settime
+from agent.procfs.files import read_bytes
 from agent.procfs.status import read_status
 from agent.procfs.timers import read_timers
 from agent.state.creds import creds_of, own_securebits, plan_creds, restore_creds_calls
-from agent.state.limits import plan_limits, restore_limits_calls
-from agent.state.process import dumpable_call, plan_process, restore_process_calls
+from agent.state.limits import dump_limits, restore_limits_calls
+from agent.state.process import dumpable_call, handled_signals, plan_process, restore_process_calls
 from agent.state.sched import plan_sched, restore_sched_calls
 from agent.state.signals import (
     plan_actions,
@@ -121,7 +122,7 @@ def test_limits_survive() -> None:
     def source() -> LimitsState:
         resource.setrlimit(resource.RLIMIT_NOFILE, (321, 654))
         resource.setrlimit(resource.RLIMIT_CORE, (4096, 8192))
-        return dump(lambda batch: plan_limits(batch.typed()))
+        return dump_limits(os.getpid())
 
     state = in_child(source)
     assert state.limits[resource.RLIMIT_NOFILE].soft == 321
@@ -131,9 +132,14 @@ def test_limits_survive() -> None:
         batch = LocalBatch()
         restore_limits_calls(batch.typed(), state)
         batch.run()
-        return dump(lambda batch: plan_limits(batch.typed()))
+        return dump_limits(os.getpid())
 
     assert in_child(destination) == state
+
+
+def dump_actions() -> tuple[SignalAction, ...]:
+    handled = handled_signals(read_bytes("/proc/self/status"))
+    return dump(lambda batch: plan_actions(batch.typed(), handled))
 
 
 def test_signal_dispositions_survive() -> None:
@@ -141,7 +147,7 @@ def test_signal_dispositions_survive() -> None:
         signal.signal(signal.SIGUSR1, lambda *_: None)
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-        return dump(lambda batch: plan_actions(batch.typed()))
+        return dump_actions()
 
     actions = in_child(source)
     handlers = {action.signal: action.handler for action in actions}
@@ -155,7 +161,7 @@ def test_signal_dispositions_survive() -> None:
         ignored = read_status(os.getpid()).sig_ign
         restore_actions_calls(batch.typed(), actions, inherited=ignored)
         batch.run()
-        return dump(lambda batch: plan_actions(batch.typed()))
+        return dump_actions()
 
     restored = {action.signal: action for action in in_child(destination)}
     for action in actions:
@@ -351,7 +357,7 @@ def test_equal_credentials_need_no_call() -> None:
 def dump_process() -> ProcessState:
     pid = os.getpid()
     return dump(
-        lambda batch: plan_process(batch.typed(), pid, stop_signal=0)
+        lambda batch: plan_process(batch.typed(), pid, read_bytes("/proc/self/status"), stop_signal=0)
     )
 
 

@@ -46,7 +46,9 @@ class Mutator:
         self.random = random.Random(seed)
         self.noise = noise
         size = SLOT_PAGES * PAGE
-        base = libc.mmap(None, (NR_SLOTS + 2) * 2 * size, 0, PRIVATE_ANON | 0x4000, -1, 0)
+        # Far below where the kernel places things: nobody else's mapping may land in a hole that we made.
+        base = 0x100000000000 + seed % 100 * (1 << 30)
+        libc.mmap(base, (NR_SLOTS + 2) * 2 * size, 0, PRIVATE_ANON | FIXED | 0x4000, -1, 0)
         self.slots = [base + (2 * i + 1) * size for i in range(NR_SLOTS)]
         for slot in self.slots[:4]:
             libc.mmap(slot, size, RW, PRIVATE_ANON | FIXED, -1, 0)

@@ -1,13 +1,17 @@
 """Sets of address ranges, the currency of tracker and pages.
 
-A range is `[start, end)` in bytes, page aligned by convention (nothing here depends on it). A `RangeSet` is a flat
+A range is `[start, end)` in bytes, page aligned by convention (nothing here depends on it). A
+`RangeSet` is a flat
 `array('Q')` of starts and ends, sorted and coalesced. There is no Python loop per range: every operation is a sort
-of two already sorted runs (linear in timsort) and a few C-level passes, so that 100,000 ranges take milliseconds.
+of two already sorted runs (linear in timsort) and a few C-level passes, so that 100,000 ranges take
+milliseconds.
 
-Theory of operation. Let S be all starts and E all ends of some ranges, each sorted on its own. The number of ranges
+Theory of operation. Let S be all starts and E all ends of some ranges, each sorted on its own. The
+number of ranges
 that cover x is (starts <= x) - (ends <= x). Hence:
 - union: a gap lies between E[i] and S[i+1] exactly where E[i] < S[i+1];
-- intersection of two sets (no point is covered more than twice): exactly the non-empty [S[i+1], E[i]);
+- intersection of two sets (no point is covered more than twice): exactly the non-empty [S[i+1],
+  E[i]);
 - difference: the intersection with the complement.
 
 This module must never import another part of Ferry. Values are unsigned 64-bit.
@@ -24,6 +28,8 @@ from typing import NamedTuple
 
 PAGE_SIZE = 4096
 _TOP = (1 << 64) - 1
+_FEW = 16
+"""So many times smaller than the other set, a set is intersected range by range."""
 
 
 class AddressRange(NamedTuple):
@@ -69,9 +75,29 @@ def _union_sorted(starts: list[int], ends: list[int]) -> array[int]:
     )
 
 
+def _clipped(pairs: array[int], start: int, end: int) -> array[int]:
+    low = bisect_right(pairs, start)
+    if low == len(pairs) or start >= end:
+        return array("Q")
+    high = bisect_left(pairs, end)
+    inside = pairs[low:high]
+    if low % 2:  # start lies in a range
+        inside.insert(0, start)
+    if high % 2:
+        inside.append(end)
+    return inside
+
+
 def _intersection(left: array[int], right: array[int]) -> array[int]:
     if not left or not right or left[-1] <= right[0] or right[-1] <= left[0]:
         return array("Q")
+    if len(left) < len(right):
+        left, right = right, left
+    if len(right) * _FEW <= len(left):  # slices of the large set
+        parts = array("Q")
+        for start, end in zip(right[0::2], right[1::2]):
+            parts += _clipped(left, start, end)
+        return parts
     starts = sorted(itertools.chain(left[0::2], right[0::2]))[1:]
     ends = sorted(itertools.chain(left[1::2], right[1::2]))
     both = list(map(operator.lt, starts, ends))
@@ -95,7 +121,8 @@ def _complement(pairs: array[int]) -> array[int]:
 class RangeSet:
     """A set of ranges; `add` and `update` change it, everything else makes a new one.
 
-    The constructor takes a flat sequence start, end, start, end... in any order, overlapping or not.
+    The constructor takes a flat sequence start, end, start, end... in any order, overlapping or
+    not.
     """
 
     __slots__ = ("_pairs", "_pending")
@@ -163,21 +190,11 @@ class RangeSet:
     def subtract(self, other: RangeSet) -> RangeSet:
         if not other or not self:
             return self.copy()
-        # Only what is near matters: a small set taken from a large one should not cost the large complement twice.
         return RangeSet._of(_intersection(self.pairs, _complement(other.pairs)))
 
     def clip(self, start: int, end: int) -> RangeSet:
         """Return the part within [start, end), by bisection."""
-        pairs = self.pairs
-        low = bisect_right(pairs, start)
-        high = bisect_left(pairs, end)
-        inside = array("Q")
-        if low % 2 and low < len(pairs) and start < end:
-            inside.append(start)
-        inside.extend(pairs[low:high])
-        if len(inside) % 2:
-            inside.append(end)
-        return RangeSet(inside)  # drops an empty last range where a bound coincides
+        return RangeSet._of(_clipped(self.pairs, start, end))
 
     def covers(self, start: int, end: int) -> bool:
         """Say whether all of [start, end) is in one range of the set."""

@@ -29,6 +29,9 @@ class DumpOptions(Protocol):
     def file_locks(self) -> bool: ...
 
     @property
+    def leave_running(self) -> bool: ...
+
+    @property
     def external_fds(self) -> frozenset[int]: ...
 
 

@@ -12,6 +12,7 @@ DumpContext.drop_fetched).
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import itertools
@@ -373,10 +374,23 @@ class FileRestorer:
             start = FILE_KINDS[name].start
             if start is not None:
                 start(self._job, items)
-        self.close()
+        self._close_copies()
 
     def close(self) -> None:
-        """Close the agent's copies. Safe to call twice."""
+        """Close the agent's copies. Safe to call twice.
+
+        A process that no longer lives was not released: names taken from the source go back.
+        """
+        self._close_copies()
+        while self._job.replaced:
+            path, aside = self._job.replaced.pop()
+            with contextlib.suppress(OSError):
+                if _is_alive(self._job.ctx.pid):
+                    os.unlink(aside)
+                else:
+                    os.rename(aside, path)
+
+    def _close_copies(self) -> None:
         while self._job.fds:
             os.close(self._job.fds.popitem()[1])
 
@@ -421,6 +435,14 @@ class FileRestorer:
             batch.call(
                 nr.NR_prlimit64, 0, resource.RLIMIT_NOFILE, batch.data(new), 0, name="prlimit64"
             )
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
+    except OSError:
+        return False
 
 
 def _run(ctx: RestoreContext, batch: Batch) -> None:

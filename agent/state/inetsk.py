@@ -17,6 +17,7 @@ import socket
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from agent.errors import RestoreError
 from agent.state.openfile import (
@@ -28,8 +29,14 @@ from agent.state.openfile import (
     RestoreJob,
     set_status_flags,
 )
-from agent.state.sockopts import apply_options, dump_options, has_filter, pack_linger
-from protocol.state.inetsk import InetAddress, InetSocket, InetState
+from agent.state.sockopts import (
+    SO_PEEK_OFF,
+    apply_options,
+    dump_options,
+    has_filter,
+    pack_linger,
+)
+from protocol.state.inetsk import InetAddress, InetMessage, InetSocket, InetState
 from protocol.state.sockopts import SocketOptions
 
 _log = logging.getLogger(__name__)
@@ -82,7 +89,31 @@ def dump_inet(job: DumpJob, desc: Description) -> InetSocket | None:
             local=local,
             remote=remote,
             shutdown=_shutdown_bits(sock),
+            queue=tuple(_peek_datagrams(sock)) if job.content else (),
         )
+
+
+def _peek_datagrams(sock: socket.socket) -> Iterator[InetMessage]:
+    # Only what came from this host: the process may have sent it to itself and relies on it.
+    poller = select.poll()
+    poller.register(sock.fileno(), select.POLLIN)
+    if not any(events & select.POLLIN for _, events in poller.poll(0)):
+        return
+    before = sock.getsockopt(socket.SOL_SOCKET, SO_PEEK_OFF)
+    sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)
+    try:
+        own = sock.getsockname()[0]
+        while True:
+            data, raw = sock.recvfrom(1 << 16, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            sender = _address(raw)
+            if sender is not None and (
+                sender.host == own or ipaddress.ip_address(sender.host).is_loopback
+            ):
+                yield InetMessage(data=data, sender=sender)
+    except OSError:
+        return  # EAGAIN: that was the last one; or an ICMP error that waits to be reported.
+    finally:
+        sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, before)
 
 
 def _dump_tcp(
@@ -250,8 +281,41 @@ def restore_inet(job: RestoreJob, items: Sequence[Item[InetSocket]]) -> None:
             fd = sock.detach()
             job.put(item, fd)
             set_status_flags(fd, item.file.flags)
+        for item in items:
+            _send_queue(job, item, items)
     finally:
         resets.close()
+
+
+def _send_queue(
+    job: RestoreJob, item: Item[InetSocket], items: Sequence[Item[InetSocket]]
+) -> None:
+    local = item.body.local
+    for message in item.body.queue:
+        sender = next(
+            (
+                other
+                for other in items
+                if other.body.type == socket.SOCK_DGRAM
+                and other.body.family == item.body.family
+                and other.body.local is not None
+                and other.body.local.port == message.sender.port
+            ),
+            None,
+        )
+        if sender is None or local is None:
+            _log.info("A datagram waiting in %s is dropped: another process sent it", item)
+            continue
+        unspecified = ipaddress.ip_address(local.host).is_unspecified
+        target = replace(local, host=message.sender.host) if unspecified else local
+        body = sender.body
+        with opened(job.fds[sender.id], body.family, body.type, body.protocol) as sock:
+            try:
+                sock.sendto(
+                    message.data, socket.MSG_DONTWAIT, _sockaddr(item.body.family, target)
+                )
+            except OSError as err:
+                _log.warning("A datagram waiting in %s is lost: %s", item, err)
 
 
 def _make(body: InetSocket) -> socket.socket:

@@ -258,6 +258,8 @@ class RestoreJob:
     items: dict[int, Item[Any]] = field(default_factory=dict)
     after: list[Callable[[], None]] = field(default_factory=list)
     """Called once the injected calls of install() have run; may inject again."""
+    replaced: list[tuple[str, str]] = field(default_factory=list)
+    """Path nodes of the source's that were renamed to make room: (path, where it is now)."""
     elapsed_ns: int = 0
     """How long the process was frozen, by its own clock."""
 

@@ -59,11 +59,24 @@ def preflight_unix(job: PreflightJob, items: Sequence[UnixItem]) -> None:
             )  # fmt: skip
 
 
+def read_boot_id() -> str:
+    """Return what tells this boot of this host from all others."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()
+
+
+def _is_sources_own(path: str, name: UnixName) -> bool:
+    found = os.lstat(path)
+    return (found.st_dev, found.st_ino) == name.node and name.boot_id == read_boot_id()
+
+
 def _name_problem(root: str, name: UnixName) -> str:
     path = root + os.path.join(name.directory, os.fsdecode(name.name))
     try:
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
             return "something that is not a socket stands there"
+        if _is_sources_own(path, name):
+            return ""
     except FileNotFoundError:
         folder = os.path.dirname(path) or "/"
         return "" if os.path.isdir(folder) else f"directory {folder} does not exist"
@@ -100,7 +113,7 @@ def restore_unix(job: RestoreJob, items: Sequence[UnixItem]) -> None:
     :raises RestoreError: when a name cannot be had, or the state contradicts itself.
     """
     with ExitStack() as stack:
-        builder = _Builder(job.ctx.root, items, stack)
+        builder = _Builder(job.ctx.root, items, stack, job.replaced)
         builder.build()
         for item in items:
             fd = builder.socks.pop(item.id).detach()
@@ -109,7 +122,14 @@ def restore_unix(job: RestoreJob, items: Sequence[UnixItem]) -> None:
 
 
 class _Builder:
-    def __init__(self, root: str, items: Sequence[UnixItem], stack: ExitStack) -> None:
+    def __init__(
+        self,
+        root: str,
+        items: Sequence[UnixItem],
+        stack: ExitStack,
+        replaced: list[tuple[str, str]],
+    ) -> None:
+        self.replaced = replaced
         self.root = root
         self.items = {item.id: item for item in items}
         self.socks: dict[int, socket.socket] = {}
@@ -161,13 +181,23 @@ class _Builder:
             problem = _name_problem(self.root, name)
             if problem:
                 raise RestoreError(f"Cannot restore {item}: {path}: {problem}")
-            if os.path.lexists(self.root + path):
-                os.unlink(self.root + path)
+            self._clear_path(self.root + path, name)
             _in_root(self.root, name.directory, lambda: sock.bind(name.name))
         except OSError as err:
             raise RestoreError(
                 f"Cannot restore {item}: unix socket {name.name!r}: {err.strerror}"
             ) from err
+
+    def _clear_path(self, path: str, name: UnixName) -> None:
+        if not os.path.lexists(path):
+            return
+        if not name.unlinked and _is_sources_own(path, name):
+            # The source must have it back if the crossing fails.
+            aside = f"{path}.ferry-{os.getpid()}"
+            os.rename(path, aside)
+            self.replaced.append((path, aside))
+        else:
+            os.unlink(path)
 
     def _set_node(self, name: UnixName) -> None:
         path = self.root + os.path.join(name.directory, os.fsdecode(name.name))

@@ -21,7 +21,7 @@ from agent.state.inetsk import opened
 from agent.state.openfile import Description, DumpJob, FileKind
 from agent.state.sockopts import SO_PEEK_OFF, dump_options, has_filter
 from agent.state.unixdiag import UnixInfo, query
-from agent.state.unixrestore import preflight_unix, restore_unix
+from agent.state.unixrestore import preflight_unix, read_boot_id, restore_unix
 from protocol.state.unixsk import UnixMessage, UnixName, UnixPeer, UnixSocket
 
 MAX_DATAGRAM = 1 << 20
@@ -132,6 +132,9 @@ def _dump_name(job: DumpJob, desc: Description, info: UnixInfo) -> UnixName | No
             mode=stat.S_IMODE(node.st_mode),
             uid=node.st_uid,
             gid=node.st_gid,
+            # An original that goes on must keep its name.
+            boot_id="" if job.ctx.options.leave_running else read_boot_id(),
+            node=(node.st_dev, node.st_ino),
         )
     if node is not None or directory:
         job.refuse(

@@ -26,8 +26,8 @@ Entry points, and what happens at each:
     batch     make the calls; say so in the control area; wait half a second for the agent, who normally stops the
               thread there; do the undo records; leave through block.leave: to gather, heal or park.
     gather    for the thread that unmaps: wait until all threads whose blocks are in the scratch mapping have read
-              their last word of it (their stubs swap r15 with the block's own address), then unmap. After two
-              seconds leave it mapped.
+              their last word of it (their stubs swap r15 with the block's own address), then unmap. After half
+              a second leave it mapped: a thread may be using it for some reason, and a leak harms nobody.
     park      for a skeleton that dies with the agent: wait forever.
 
 The bytes were assembled with GNU as (Intel syntax); the listing is objdump's.
@@ -151,7 +151,7 @@ CODE: Final = bytes.fromhex(
     # leave:
     "41ffa7a8000000"          # 125 jmp [r15 + leave]
     # gather:
-    "bbc8000000"              # 12c mov ebx,0xc8
+    "bb32000000"              # 12c mov ebx,0x32
     # gather_again:
     "498b4c2408"              # 131 mov rcx,[r12+0x8]
     "498b542410"              # 136 mov rdx,[r12+0x10]

@@ -2,8 +2,10 @@
 
     anonymous      private, no file: heap, stacks, malloc arenas. Content is sent where populated.
     private file   MAP_PRIVATE of a file: only copied pages are sent, the rest is the file's.
-    shared object  memfd, MAP_SHARED|MAP_ANONYMOUS, System V, /dev/shm: content is sent by object and offset.
-    other          [vdso], [vvar], [vsyscall], devices, MAP_SHARED of regular files (their content is the file
+    shared object  memfd, MAP_SHARED|MAP_ANONYMOUS, System V, /dev/shm: content is sent by object
+    and offset.
+    other          [vdso], [vvar], [vsyscall], devices, MAP_SHARED of regular files (their content
+    is the file
                    system's), and what userfaultfd refused (`excluded`). Never scanned, never read.
 
 Pure apart from asking once for the device number of the kernel's own tmpfs mount.
@@ -25,7 +27,8 @@ _SPECIAL = frozenset({"[vdso]", "[vvar]", "[vvar_vclock]", "[vsyscall]", "[uprob
 
 @functools.cache
 def internal_tmpfs_device() -> int:
-    """Return st_dev of the mount that holds memfds, shared anonymous memory and System V segments."""
+    """Return st_dev of the mount that holds memfds, shared anonymous memory and System V
+    segments."""
     fd = os.memfd_create("ferry-probe", os.MFD_CLOEXEC)
     try:
         return os.fstat(fd).st_dev
@@ -57,7 +60,8 @@ class Layout:
     shared: RangeSet
     objects: frozenset[SharedKey]  # also those that are only mapped privately
     watched: list[MapsEntry]  # all that should be registered
-    spans: list[tuple[int, int, list[MapsEntry]]]  # runs of watched VMAs with nothing else between them
+    spans: list[tuple[int, int, list[MapsEntry]]]  # runs of watched VMAs with nothing else between
+    them
 
 
 def classify(entries: list[MapsEntry], excluded: Container[MapsEntry]) -> Layout:

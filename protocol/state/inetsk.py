@@ -37,8 +37,20 @@ class InetAddress:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class InetMessage:
+    """A datagram that waits to be read."""
+
+    data: bytes
+    sender: InetAddress
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class InetSocket:
-    """One socket; ``local`` is None when it is not bound."""
+    """One socket; ``local`` is None when it is not bound.
+
+    ``queue`` has only datagrams from the host itself, which one of the process's sockets may have
+    sent.
+    """
 
     family: int
     type: int
@@ -49,6 +61,7 @@ class InetSocket:
     remote: InetAddress | None = None
     backlog: int = 0
     shutdown: int = 0
+    queue: tuple[InetMessage, ...] = ()
 
     def __post_init__(self) -> None:
         if self.family not in (2, 10) or (self.type, self.protocol) not in ((1, 6), (2, 17), (2, 136)):

@@ -39,7 +39,8 @@ class UnixName:
     """A bound name: ``name`` exactly as in sun_path, abstract when it starts with a null byte.
 
     For a path: ``directory`` is the one a relative name starts at, the rest describes the node;
-    ``unlinked`` when the node no longer exists.
+    ``unlinked`` when the node no longer exists. ``boot_id``, ``node`` (st_dev, st_ino) tell the
+    destination that a node it finds is the source's own, on a file system that both see.
     """
 
     name: bytes
@@ -48,6 +49,8 @@ class UnixName:
     uid: int = 0
     gid: int = 0
     unlinked: bool = False
+    boot_id: str = ""
+    node: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
         if not 0 < len(self.name) <= MAX_NAME_BYTES:

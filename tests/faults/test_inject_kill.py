@@ -77,7 +77,7 @@ def appearance(pid: int) -> dict[str, object]:
     for tid in os.listdir(f"/proc/{pid}/task"):
         with open(f"/proc/{pid}/task/{tid}/status", encoding="ascii") as file:
             lines = [line.strip() for line in file]
-        wanted = ("SigQ", "SigPnd", "ShdPnd", "SigBlk", "SigIgn", "SigCgt", "TracerPid")
+        wanted = ("SigPnd", "ShdPnd", "SigBlk", "SigIgn", "SigCgt", "TracerPid")
         threads[tid] = [line for line in lines if line.startswith(wanted)]
     with open(f"/proc/{pid}/maps", encoding="ascii") as file:
         maps = file.read()
@@ -185,14 +185,34 @@ def outcome_of(work: Callable[[], None]) -> int:
     return os.waitpid(agent, 0)[1]
 
 
-def wait_until_as(pid: int, before: dict[str, object], limit_s: float = 6.0) -> None:
-    """Wait until the target looks as before; a thread in the routine may need half a second."""
+def only_scratch_is_left(now: dict[str, object], before: dict[str, object]) -> bool:
+    """Tell the one difference that is allowed: an unused scratch mapping.
+
+    An agent killed between announcing a thread to the leader and redirecting it (some microseconds of run_parallel)
+    leaves the leader waiting for a thread that never comes; it then leaves the mapping alone, to be on the safe side.
+    """
+    if {**now, "maps": ""} != {**before, "maps": ""}:
+        return False
+    extra = set(str(now["maps"]).splitlines()) - set(str(before["maps"]).splitlines())
+    return all(line.split(" ", 1)[1].strip() == "rw-p 00000000 00:00 0" for line in extra)
+
+
+def wait_until_as(
+    pid: int, before: dict[str, object], *, parallel: bool = False, limit_s: float = 6.0
+) -> dict[str, object]:
+    """Wait until the target looks as before; a thread in the routine may need half a second.
+
+    Returns what it looks like, which is `before` unless `parallel` and a scratch mapping stayed.
+    """
     deadline = time.monotonic() + limit_s
     while True:
         now = appearance(pid)
-        if now == before or time.monotonic() > deadline:
+        if now == before:
+            return now
+        if time.monotonic() > deadline:
+            if parallel and only_scratch_is_left(now, before):
+                return now
             assert now == before
-            return
         time.sleep(0.02)
 
 
@@ -209,7 +229,7 @@ def test_killed_agent_leaves_sleeper_as_it_was(seed: int) -> None:
                 lambda t=turn: arm_for_ever(child.pid, t), instants.uniform(0.0, 0.03)
             )
             assert child.poll() is None
-            wait_until_as(child.pid, before)
+            before = wait_until_as(child.pid, before, parallel=True)
         # The sleeps that began meanwhile, and the one that is under way.
         sleeps = 0
         os.set_blocking(child.stdout.fileno(), False)
@@ -281,15 +301,18 @@ def test_agent_killed_after_each_ptrace_request(visit: str) -> None:
         time.sleep(0.2)
         before = appearance(child.pid)
         number = 1
+        leaks = 0
         while True:
             work = killed_at_request(arm if visit == "arm" else freeze, number)
             status = outcome_of(work)
             if status == 0:
                 break  # the visit ended before that many requests
             assert os.WIFSIGNALED(status)
-            wait_until_as(child.pid, before)
+            now = wait_until_as(child.pid, before, parallel=visit == "freeze", limit_s=3.0)
+            leaks += now != before
+            before = now
             number += step
-        wait_until_as(child.pid, before)
+        assert leaks <= 6, "at most one request of each thread may leave the mapping"
         assert number > 10
         assert child.stdout is not None
         os.set_blocking(child.stdout.fileno(), False)

@@ -34,6 +34,7 @@ class Options:
 
     tcp_close: bool = False
     file_locks: bool = False
+    leave_running: bool = False
     external_fds: frozenset[int] = frozenset()
     inherit_fds: Mapping[int, int] = field(default_factory=dict)
 
@@ -81,13 +82,23 @@ def live_child(tmp_path: Path, code: str, options: Options | None = None) -> Ite
             process.wait()
 
 
+def restore_context(
+    options: Options | None = None, *, pid: Pid | None = None, **facts: Any
+) -> RestoreContext:
+    """A context for making files in this process; it can install nothing."""
+    return RestoreContext(
+        pid=pid or Pid(os.getpid()),
+        injector=cast(Any, None),
+        options=options or Options(),
+        agent_pidfd=-1,
+        **facts,
+    )
+
+
 @contextmanager
 def restored(state: FilesState, options: Options | None = None, **facts: Any) -> Iterator["Again"]:
     """Make every description of ``state`` in this process."""
-    ctx = RestoreContext(
-        pid=Pid(os.getpid()), injector=cast(Any, None), options=options or Options(), agent_pidfd=-1,
-        **facts,
-    )  # fmt: skip
+    ctx = restore_context(options, **facts)
     restorer = FileRestorer(ctx)
     try:
         restorer.open_all(state)

@@ -156,6 +156,11 @@ def test_fifo_ends_and_contents(tmp_path: Path) -> None:
     with live_child(tmp_path, code) as child:
         assert child.check() == []
         state = child.dump()
+        with restored(state):
+            pass  # It is the same FIFO, and holds what it should.
+        child_fd = os.open(tmp_path / "fifo", os.O_WRONLY)
+        os.write(child_fd, b"more")
+        os.close(child_fd)
         with pytest.raises(RestoreError, match="in use"), restored(state):
             pass
     assert preflight_files(state, Options()) == []

@@ -7,14 +7,16 @@ import os
 import select
 import socket
 import struct
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from agent.errors import RefusedError
-from agent.state.files import preflight_files
+from agent.state.files import FileRestorer, preflight_files
+from agent.types import Pid
 from protocol.state.inetsk import InetState
-from tests.kernel.files_support import Again, Options, body_of, live_child, restored
+from tests.kernel.files_support import Again, Options, body_of, live_child, restore_context, restored
 
 
 def sock(again: Again, number: int) -> socket.socket:
@@ -35,7 +37,7 @@ def test_listening_and_bound_inet_sockets(tmp_path: Path) -> None:
     b.bind(("::1", 0)); b.listen(5); keep(b, 51)
     u = socket.socket(type=socket.SOCK_DGRAM); u.setsockopt(1, socket.SO_BROADCAST, 1)
     u.setsockopt(0, socket.IP_TTL, 33); u.bind(("127.0.0.1", 0))
-    v = socket.socket(type=socket.SOCK_DGRAM); v.connect(u.getsockname())
+    v = socket.socket(type=socket.SOCK_DGRAM); v.connect(u.getsockname()); v.send(b"one"); v.send(b"2")
     keep(u, 52); keep(v, 53)
     keep(socket.socket(), 54)
     ready()
@@ -66,7 +68,8 @@ def test_listening_and_bound_inet_sockets(tmp_path: Path) -> None:
         receiver, sender = sock(again, 52), sock(again, 53)
         assert receiver.getsockopt(0, socket.IP_TTL) == 33
         sender.send(b"datagram")
-        assert receiver.recv(100) == b"datagram"
+        assert receiver.recvfrom(100) == (b"one", sender.getsockname())
+        assert [receiver.recv(100) for _ in range(2)] == [b"2", b"datagram"]
         fresh = sock(again, 54)
         fresh.connect(listener.getsockname())
         for each in (listener, six, receiver, sender, fresh):
@@ -190,8 +193,14 @@ def test_unix_names_listeners_and_accepted_connections(tmp_path: Path) -> None:
     with live_child(tmp_path, code) as child:
         assert child.check() == []
         state = child.dump()
-        bound = preflight_files(state, Options())
-        assert bound and {obstacle.kind for obstacle in bound} == {"unix socket"}
+        # Abstract names are taken; paths of the source itself may be replaced.
+        (bound,) = preflight_files(state, Options())
+        assert bound.kind == "unix socket" and "@named-" in bound.detail
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    with live_child(elsewhere, code, Options(leave_running=True)) as child:
+        taken = preflight_files(child.dump(), Options())
+        assert len([o for o in taken if "another process has bound it" in o.detail]) == 4
     assert preflight_files(state, Options()) == []
     with restored(state) as again:
         numbers = range(50, 59)
@@ -271,3 +280,24 @@ def test_a_log_socket_is_connected_again_by_name(tmp_path: Path) -> None:
         with restored(state) as again:
             os.write(again.fd(50), b"line")
             assert other.recv(10) == b"line"
+
+
+def test_a_failed_crossing_gives_the_source_its_path_back(tmp_path: Path) -> None:
+    code = """
+    l = socket.socket(socket.AF_UNIX); l.bind(os.getcwd() + "/l"); l.listen()
+    os.dup2(l.fileno(), 50); l.close()
+    ready()
+    """
+    path = str(tmp_path / "l")
+    gone = subprocess.Popen(["/bin/true"])
+    gone.wait()
+    with live_child(tmp_path, code) as child:
+        inode = os.stat(path).st_ino
+        restorer = FileRestorer(restore_context(pid=Pid(gone.pid)))
+        restorer.open_all(child.dump())
+        assert os.stat(path).st_ino != inode
+        restorer.close()
+        assert os.stat(path).st_ino == inode
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(path)
+        assert sorted(name for name in os.listdir(tmp_path) if name[:1] == "l") == ["l"]

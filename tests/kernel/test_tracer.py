@@ -1,0 +1,157 @@
+"""Stopping and releasing threads: churn, signals, group-stops, holds, deaths and exec."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from agent.errors import FreezeError, TargetGone
+from agent.target.tracer import Tracer, pick_injection_thread, release_hold
+from tests.kernel.support import wait_for
+from tests.kernel.test_inject import COUNTER, THREADED, running, state_of
+
+CHURN = """
+import threading, time
+print("up", flush=True)
+def brief():
+    sum(range(2000))
+def breed():
+    while True:
+        threads = [threading.Thread(target=brief) for _ in range(5)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+for _ in range(3):
+    threading.Thread(target=breed, daemon=True).start()
+time.sleep(1000)
+"""
+
+EPOLLER = """
+import select
+poller = select.epoll()
+import threading
+threading.Thread(target=threading.Event().wait, daemon=True).start()
+print("up", flush=True)
+poller.poll(1000)
+"""
+
+
+def tids_of(pid: int) -> set[int]:
+    return {int(tid) for tid in os.listdir(f"/proc/{pid}/task")}
+
+
+def test_stop_all_catches_threads_that_come_and_go() -> None:
+    with running(CHURN) as child:
+        for _ in range(15):
+            with Tracer(child.pid) as tracer:
+                threads = tracer.stop_all()
+                assert {thread.tid for thread in threads} == tids_of(child.pid)
+                assert threads[0].tid == child.pid
+                assert all(thread.stopped for thread in threads)
+            time.sleep(0.01)
+        assert child.poll() is None
+
+
+def test_signal_taken_before_the_interrupt_is_delivered_after_detach() -> None:
+    sig = signal.SIGRTMIN + 2
+    with running(COUNTER) as child:
+        assert child.stdout is not None
+        with Tracer(child.pid) as tracer:
+            thread = tracer.seize(child.pid)
+            os.kill(child.pid, sig)
+            tracer._wait_stopped(thread)
+            assert thread.pending_stop_signal == sig
+        assert os.read(child.stdout.fileno(), 100) == bytes([sig])
+
+
+def test_group_stop_outlasts_the_tracer() -> None:
+    with running(THREADED) as child:
+        os.kill(child.pid, signal.SIGSTOP)
+        wait_for(lambda: state_of(child.pid) == "T", "the child stops")
+        with Tracer(child.pid) as tracer:
+            assert all(thread.in_group_stop for thread in tracer.stop_all())
+        wait_for(lambda: state_of(child.pid) == "T", "the child is stopped again")
+        os.kill(child.pid, signal.SIGCONT)
+        assert child.communicate(b"\n")[0] == b"done\n"
+
+
+def test_hold_and_unhold_leave_no_trace() -> None:
+    with running(THREADED) as child:
+        with Tracer(child.pid) as tracer:
+            threads = tracer.stop_all()
+            regs = [thread.regs.copy() for thread in threads]
+            tracer.hold()
+            tracer.unhold()
+            assert [thread.regs for thread in threads] == regs
+        time.sleep(0.05)
+        assert state_of(child.pid) == "S"
+        assert child.communicate(b"\n")[0] == b"done\n"
+
+
+def test_held_process_stays_stopped_when_the_agent_dies() -> None:
+    with running(THREADED) as child:
+        agent = os.fork()
+        if agent == 0:
+            tracer = Tracer(child.pid)
+            tracer.stop_all()
+            tracer.hold()
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.waitpid(agent, 0)
+        wait_for(lambda: state_of(child.pid) == "T", "the hold takes over")
+        release_hold(child.pid)
+        assert child.communicate(b"\n")[0] == b"done\n"
+
+
+def test_second_tracer_is_refused_with_its_name() -> None:
+    with running(THREADED) as child, Tracer(child.pid) as tracer:
+        tracer.stop_all()
+        agent = os.fork()
+        if agent == 0:
+            try:
+                Tracer(child.pid).stop(child.pid)
+            except FreezeError as err:
+                os._exit(0 if f"process {os.getppid()}" in str(err) else 1)
+            os._exit(2)
+        assert os.waitpid(agent, 0)[1] == 0
+
+
+def test_death_of_the_target_is_told() -> None:
+    with running(THREADED) as child, Tracer(child.pid) as tracer:
+        tracer.stop_all()
+        child.kill()
+        with pytest.raises(TargetGone):
+            tracer.wait_stop(tracer.leader)
+    with pytest.raises(TargetGone):
+        Tracer(child.pid)
+
+
+def test_exec_of_the_target_is_told() -> None:
+    program = "import os, sys; print('up', flush=True); input(); os.execv(sys.executable, [sys.executable, '-c', 'input()'])"
+    child = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert child.stdout is not None and child.stdin is not None
+        child.stdout.readline()
+        with Tracer(child.pid) as tracer:
+            thread = tracer.stop(child.pid)
+            tracer.resume(thread)
+            child.stdin.write(b"\n")
+            child.stdin.flush()
+            with pytest.raises(TargetGone, match="exec"):
+                tracer.wait_stop(thread)
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_injection_thread_avoids_calls_that_show_eintr() -> None:
+    with running(EPOLLER) as child:
+        tid = pick_injection_thread(child.pid)
+        assert tid != child.pid

@@ -222,8 +222,9 @@ class _Migration:
         elif isinstance(message, StateSection):
             if message.kind == "layout":
                 rebuild.follow_layout(decode_section(message))
-            elif message.kind == "shared":
-                rebuild.describe_object(decode_section(message))
+            elif message.kind == "shmem":
+                for state in decode_section(message).objects:
+                    rebuild.describe_object(state)
             else:
                 self._keep(message)
         elif not isinstance(message, (RoundBegin, RoundEnd)):

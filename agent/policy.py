@@ -1,23 +1,16 @@
 """Convergence: after each round, go on, switch over or give up.
 
-A pure function of what the rounds measured. Must never look at a clock or at the target. Bytes and
-seconds.
+A pure function of what the rounds measured. Must never look at a clock or at the target. Bytes and seconds.
 
 How the prediction works. The pages a round reports were dirtied while the round before it ran, so
-the dirty rate is
-`pages_dirty of the last / seconds of the one before`. While the last round was being sent the
-target went on at that
-rate: what the final round would find is the rate times the last round's length, never more than the
-working set seen. The
-link's speed is what the sending of the last rounds gave. Downtime is that transfer plus a fixed
-part: freezing, state,
-restore.
+the dirty rate is `pages_dirty of the last / seconds of the one before`. While the last round was
+being sent the target went on at that rate: what the final round would find is the rate times the
+last round's length, never more than the working set seen. The link's speed is what the sending of
+the last rounds gave. Downtime is that transfer plus a fixed part: freezing, state, restore.
 
-Why the limit is small and rounds go on below it: one more round costs the target next to nothing (a
-fault of about a
-microsecond for the first write to a page) and each one that shrinks makes the stop shorter. So a
-predicted downtime below
-the limit is not the end while rounds still shrink a lot; a tiny remainder is.
+Why the limit is small and rounds go on below it: one more round costs the target next to nothing (a fault of about a
+microsecond for the first write to a page) and each one that shrinks makes the stop shorter. So a predicted downtime
+below the limit is not the end while rounds still shrink a lot; a tiny remainder is.
 """
 
 from __future__ import annotations
@@ -30,8 +23,7 @@ DEFAULT_DOWNTIME_LIMIT_S = 0.1
 """Same as agent.options: below the patience of a person or of an RPC timeout."""
 DEFAULT_MAX_ROUNDS = 30
 FIXED_DOWNTIME_S = 0.03
-"""Freeze, last scan, state sections and restore of a common process; not influenced by more
-rounds."""
+"""Freeze, last scan, state sections and restore of a common process; not influenced by more rounds."""
 TINY_TRANSFER_S = 0.002
 """A predicted final transfer this short is lost in the fixed part: more rounds gain nothing."""
 SHRINKING = 0.8
@@ -56,8 +48,7 @@ class Action(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundStats:
-    """One finished round. `pages_dirty`: what its scan found; `seconds`: from scan to the last byte
-    sent."""
+    """One finished round. `pages_dirty`: what its scan found; `seconds`: from scan to the last byte sent."""
 
     pages_dirty: int
     pages_sent: int = 0

@@ -1,17 +1,13 @@
 """Sets of address ranges, the currency of tracker and pages.
 
-A range is `[start, end)` in bytes, page aligned by convention (nothing here depends on it). A
-`RangeSet` is a flat
+A range is `[start, end)` in bytes, page aligned by convention (nothing here depends on it). A `RangeSet` is a flat
 `array('Q')` of starts and ends, sorted and coalesced. There is no Python loop per range: every operation is a sort
-of two already sorted runs (linear in timsort) and a few C-level passes, so that 100,000 ranges take
-milliseconds.
+of two already sorted runs (linear in timsort) and a few C-level passes, so that 100,000 ranges take milliseconds.
 
-Theory of operation. Let S be all starts and E all ends of some ranges, each sorted on its own. The
-number of ranges
+Theory of operation. Let S be all starts and E all ends of some ranges, each sorted on its own. The number of ranges
 that cover x is (starts <= x) - (ends <= x). Hence:
 - union: a gap lies between E[i] and S[i+1] exactly where E[i] < S[i+1];
-- intersection of two sets (no point is covered more than twice): exactly the non-empty [S[i+1],
-  E[i]);
+- intersection of two sets (no point is covered more than twice): exactly the non-empty [S[i+1], E[i]);
 - difference: the intersection with the complement.
 
 This module must never import another part of Ferry. Values are unsigned 64-bit.
@@ -121,8 +117,7 @@ def _complement(pairs: array[int]) -> array[int]:
 class RangeSet:
     """A set of ranges; `add` and `update` change it, everything else makes a new one.
 
-    The constructor takes a flat sequence start, end, start, end... in any order, overlapping or
-    not.
+    The constructor takes a flat sequence start, end, start, end... in any order, overlapping or not.
     """
 
     __slots__ = ("_pairs", "_pending")

@@ -18,6 +18,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from agent.errors import RestoreError, TransferError
 from agent.kernel import ptrace
@@ -113,7 +114,9 @@ class Rebuild:
         self._mirror = LayoutMirror(self.skeleton.agent_pidfd, self._backing_fd)
         self._placer.add_process_space(PROCESS_SPACE, self.pid)
         self._clear_address_space(layout)
-        self.follow_layout(layout)
+        # Shared objects are described with the first round only.
+        known = tuple(vma for vma in layout.vmas if vma.kind is not VmaKind.OBJECT)
+        self.follow_layout(replace(layout, vmas=known))
 
     def _clock_offsets(self, plan: PlanState) -> tuple[int, int] | None:
         """What to add to this host's clocks so that the process's own go on."""
@@ -290,12 +293,13 @@ class Rebuild:
             restore.thread_calls(others[host_tids[thread.tid]], thread.tid)
         if others:
             self.injector.run_parallel(others)
-        self._restorer.start()
+        elapsed_ns = self._elapsed_ns(restore)
+        self._restorer.start(elapsed_ns=elapsed_ns)
         for object_id, state in self._objects.items():
             finish_shared(self._object_fds[object_id], state)
         last = Batch()
         last.call(nr.NR_prctl, PR_SET_PDEATHSIG, 0, name="prctl(PR_SET_PDEATHSIG)")
-        restore.thread_calls(last, leader, elapsed_ns=self._elapsed_ns(restore))
+        restore.thread_calls(last, leader, elapsed_ns=elapsed_ns)
         last.call(nr.NR_close, self.skeleton.agent_pidfd, name="close")
         self.injector.run(last)
         restore.verify()

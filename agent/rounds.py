@@ -22,7 +22,7 @@ from agent.tracker.base import DirtySet, SharedKey
 from agent.tracker.layout import is_shared_object, shared_key
 from agent.tracker.scan import ScanTracker
 from protocol.state import encode_section
-from protocol.state.shmem import SharedObject
+from protocol.state.shmem import SharedObject, SharedObjects
 
 
 class RoundSender:
@@ -115,6 +115,7 @@ class RoundSender:
 
     def _send_objects(self, dirty: DirtySet) -> None:
         """Describe the shared objects that the destination does not know, or knows otherwise."""
+        changed: dict[int, SharedObject] = {}
         mapped: dict[SharedKey, list[int]] = {}
         for index, entry in enumerate(dirty.maps):
             if is_shared_object(entry):
@@ -127,8 +128,10 @@ class RoundSender:
                 object_id, self._tracker.shared_watch.fd_of(key), path, size=mapped_size(entries)
             )
             if self._described.get(object_id) != state:
-                self._described[object_id] = state
-                self._link.send(encode_section("shared", object_id, state))
+                self._described[object_id] = changed[object_id] = state
+        if changed:
+            objects = SharedObjects(objects=tuple(changed.values()))
+            self._link.send(encode_section("shmem", self._target.ns_pid, objects))
 
     def _send_shared(self, key: SharedKey, ranges: RangeSet | None) -> int:
         """Send dirty content of an object; returns how many pages that was."""

@@ -28,7 +28,8 @@ from protocol.state.plan import PlanState
 def send_plan(link: Link, target: Target) -> None:
     """Send what the destination needs for its preflight; the target runs and is not touched."""
     link.send(encode_section("plan", target.ns_pid, _plan(target)))
-    link.send(encode_section("files", target.ns_pid, dump_files(target.ctx)))
+    files = dump_files(target.ctx, content=False)
+    link.send(encode_section("files", target.ns_pid, files))
     link.send(encode_section("mm", target.ns_pid, dump_mm(target.pid, brk=0)))
     layout = target.layout.dump(target.maps(), target.vm_flags())
     link.send(encode_section("layout", target.ns_pid, layout))

@@ -1,7 +1,6 @@
 """Cut a range set into chunks of bounded size, and find parts of a chunk by stream offset.
 
-Laid end to end, the ranges of a set form a stream; a chunk is a piece of it. The cumulative lengths
-and bisection give
+Laid end to end, the ranges of a set form a stream; a chunk is a piece of it. The cumulative lengths and bisection give
 each chunk by array slices. Ranges are [start, end) bytes, page aligned, as are chunk sizes.
 """
 

@@ -1,8 +1,7 @@
 """Page contents through zstandard; the only importer of it.
 
-Level 1 makes about 0.4 GB/s a thread: it pays only where the link is slower. "auto" therefore
-measures what the link takes
-and compresses while it is slow and the data shrinks.
+Level 1 makes about 0.4 GB/s a thread: it pays only where the link is slower. "auto" therefore measures what the link
+takes and compresses while it is slow and the data shrinks.
 """
 
 from __future__ import annotations
@@ -72,8 +71,7 @@ class Decompressor:
         :raises TransferError: the payload is not a zstd frame of that content.
         """
         try:
-            # Without a content size in the frame, max_output_size bounds the output; with one,
-            # check it first.
+            # Without a content size in the frame, max_output_size bounds the output; with one, check it first.
             declared = zstandard.frame_content_size(payload)
             if declared not in (-1, nr_bytes):
                 raise TransferError(f"Compressed batch holds {declared} bytes, expected {nr_bytes}")

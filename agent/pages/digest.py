@@ -1,17 +1,12 @@
 """A canonical digest of a process's memory, for --verify: both sides must come to the same.
 
-Hashed are the addresses and contents of all pages that differ from what a fresh mapping would show:
-zero pages of
-anonymous memory and pages not there are the same. Of private file mappings and shared objects the
-visible content
-counts (again without zero pages). Not hashed: [vdso] and its kin, MAP_SHARED of regular files, what
-`skip` names, and
+Hashed are the addresses and contents of all pages that differ from what a fresh mapping would show: zero pages of
+anonymous memory and pages not there are the same. Of private file mappings and shared objects the visible content
+counts (again without zero pages). Not hashed: [vdso] and its kin, MAP_SHARED of regular files, what `skip` names, and
 `masks`: bytes that differ by nature, such as a struct rseq that the kernel writes.
 
-The process must be stopped. Reads only populated anonymous pages, and objects through their
-descriptor where it can be had,
-so that nothing is populated. sha1 runs at 1-2 GB/s here, ahead of blake2b; it guards against bugs,
-not attackers.
+The process must be stopped. Reads only populated anonymous pages, and objects through their descriptor where it can be
+had, so that nothing is populated. sha1 runs at 1-2 GB/s here, ahead of blake2b; it guards against bugs, not attackers.
 """
 
 from __future__ import annotations
@@ -101,8 +96,7 @@ def digest_process(
     skip: RangeSet | None = None,
     masks: Sequence[tuple[int, int]] = (),
 ) -> str:
-    """Return the digest as hex. `skip`: page ranges left out; `masks`: (address, length) taken as
-    zero."""
+    """Return the digest as hex. `skip`: page ranges left out; `masks`: (address, length) taken as zero."""
     layout: Layout = classify(maps, ())
     left_out = skip if skip is not None else RangeSet()
     digest = _Digest(masks)

@@ -1,5 +1,4 @@
-"""Which parts of a memory object are populated, by lseek(2) SEEK_DATA and SEEK_HOLE. Byte offsets,
-page aligned."""
+"""Which parts of a memory object are populated, by lseek(2) SEEK_DATA and SEEK_HOLE. Byte offsets, page aligned."""
 
 from __future__ import annotations
 

@@ -1,13 +1,10 @@
 """Put received pages where they belong: into skeleton processes and shared objects.
 
-A process is written by process_vm_writev, and by /proc/PID/mem where the mapping is not writable
-(that copies pages of
+A process is written by process_vm_writev, and by /proc/PID/mem where the mapping is not writable (that copies pages of
 private mappings as a debugger's write would). Objects are written through their descriptor.
 
-`held` is a superset of what was ever placed and not dropped since. It decides about ZERO batches:
-where nothing was
-placed and an untouched page reads as zero (`set_anonymous`), nothing need be done. Elsewhere zeros
-are written: a
+`held` is a superset of what was ever placed and not dropped since. It decides about ZERO batches: where nothing was
+placed and an untouched page reads as zero (`set_anonymous`), nothing need be done. Elsewhere zeros are written: a
 page of a private file mapping that became zero must not show the file.
 Must never write outside the ranges of a batch. Ranges are [start, end) bytes.
 """
@@ -83,24 +80,21 @@ class PagePlacer:
         self._spaces[space_id] = _Space(pid, os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC))
 
     def add_file_space(self, space_id: int, fd: int) -> None:
-        """Batches of `space_id` go into the object `fd`, which stays the caller's and starts
-        empty."""
+        """Batches of `space_id` go into the object `fd`, which stays the caller's and starts empty."""
         self._spaces[space_id] = _Space(0, fd)
 
     def knows(self, space_id: int) -> bool:
         return space_id in self._spaces
 
     def set_anonymous(self, space_id: int, ranges: RangeSet) -> None:
-        """Tell which ranges of a process read as zero while untouched. Call again when mappings
-        change."""
+        """Tell which ranges of a process read as zero while untouched. Call again when mappings change."""
         self._spaces[space_id].anonymous = ranges
 
     def held(self, space_id: int) -> RangeSet:
         return self._spaces[space_id].held
 
     def take_absent(self, space_id: int) -> RangeSet:
-        """Return what must be dropped now (MADV_DONTNEED) and count it as dropped. Objects: done
-        already."""
+        """Return what must be dropped now (MADV_DONTNEED) and count it as dropped. Objects: done already."""
         space = self._spaces[space_id]
         absent = space.outstanding()
         space.absent = RangeSet()

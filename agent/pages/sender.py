@@ -1,13 +1,9 @@
 """Read pages of a target, or of a shared object, and send them as batches.
 
-One warm buffer that fits L2 is filled by process_vm_readv, searched for zero pages and sent before
-the next fill. Where
-the target could not read itself (PROT_NONE), /proc/PID/mem does. Pages that went away between scan
-and read are ordinary
-while the target runs: they are left out and reported as `gone`, and the tracker is to be told
-(ScanTracker.forget).
-Must never write to the target. Addresses are target addresses or object offsets, ranges [start,
-end) in bytes.
+One warm buffer that fits L2 is filled by process_vm_readv, searched for zero pages and sent before the next fill. Where
+the target could not read itself (PROT_NONE), /proc/PID/mem does. Pages that went away meanwhile are ordinary
+while the target runs: they are left out and reported as `gone`, and the tracker is to be told (ScanTracker.forget).
+Must never write to the target. Addresses are target addresses or object offsets, ranges [start, end) in bytes.
 """
 
 from __future__ import annotations
@@ -33,8 +29,7 @@ from protocol.limits import MAX_BATCH_RANGES
 from protocol.pages import PageBatch, PageEncoding, batch_buffers, check_batch
 
 CHUNK_BYTES = 512 << 10
-"""Bytes read at a time: large enough to hide a call's cost, small enough to stay in L2 with what is
-sent."""
+"""Bytes read at a time: large enough to hide a call's cost, small enough to stay in L2 with what is sent."""
 
 _UNREADABLE = (errno.EFAULT, errno.EIO)
 
@@ -80,8 +75,7 @@ class PageReader:
         return fd
 
     def read_process(self, pid: int, pairs: array[int], gone: RangeSet) -> array[int]:
-        """Fill the buffer with `pairs` (at most CHUNK_BYTES) and return the pairs that were there;
-        adds to `gone`."""
+        """Fill the buffer with `pairs` (at most CHUNK_BYTES) and return the pairs that were there; adds to `gone`."""
         vectors = to_iovecs(pairs)
         nr = len(vectors) // 2
         moved = self._readv(pid, 0, vectors, 0, nr)
@@ -104,8 +98,7 @@ class PageReader:
     def _read_piecewise(
         self, pid: int, vectors: array[int], moved: int, gone: RangeSet
     ) -> array[int]:
-        # Something on the way could not be read: go on behind it, by /proc/PID/mem first. What that
-        # cannot read
+        # Something on the way could not be read: go on behind it, by /proc/PID/mem first. What that cannot read
         # either costs the rest of its range (within this chunk): the next round looks again.
         got: array[int] = array("Q")
         at, index, nr = 0, 0, len(vectors) // 2
@@ -174,12 +167,10 @@ class PageReader:
 
 
 class PageSender:
-    """Sends batches as whole PAGES frames through `send_buffers`, which must be done with them when
-    it returns.
+    """Sends batches as whole PAGES frames through `send_buffers`, which must be done with them when it returns.
 
-    `on_batch` sees each batch before it is sent (the session counts there). `limiter`, if any, is
-    called with the number of
-    bytes about to be sent and may sleep.
+    `on_batch` sees each batch before it is sent (the session counts there). `limiter`, if any, is called with the
+    number of bytes about to be sent and may sleep.
     """
 
     def __init__(
@@ -233,8 +224,7 @@ class PageSender:
     def send_mapped_pages(
         self, space_id: int, pid: int, pages: RangeSet, shift: int
     ) -> PageCounters:
-        """Send pages of an object as process `pid` maps them: `pages` are offsets, `shift` makes
-        them addresses.
+        """Send pages of an object as process `pid` maps them: `pages` are offsets, `shift` makes them addresses.
 
         For objects without a descriptor; reading populates them.
         """
@@ -292,8 +282,7 @@ class PageSender:
     ) -> None:
         pairs = ranges.pairs
         for first in range(0, len(pairs), 2 * MAX_BATCH_RANGES):
-            self._send(space_id, encoding, pairs[first : first + 2 * MAX_BATCH_RANGES], b"",
-            counters)
+            self._send(space_id, encoding, pairs[first : first + 2 * MAX_BATCH_RANGES], b"", counters)
         if encoding is PageEncoding.ABSENT:
             counters.pages_absent += ranges.nr_pages
 

@@ -1,9 +1,7 @@
 """Find the zero pages in a buffer without a Python loop per page.
 
-A page whose first, last and two middle words are not all zero is not a zero page: four strided
-looks in C settle nearly
-all. Runs of pages that may be zero are then compared whole by memcmp(3), and halved only where that
-fails. The
+A page whose first, last and two middle words are not all zero is not a zero page: four strided looks in C settle nearly
+all. Runs of pages that may be zero are then compared whole by memcmp(3), and halved only where that fails. The
 buffer is local memory; offsets are bytes into it.
 """
 
@@ -31,8 +29,7 @@ def is_zero(address: int, length: int) -> bool:
 
 
 def zero_runs(words: memoryview, address: int, length: int) -> list[tuple[int, int]]:
-    """Return the runs of zero pages in the first `length` bytes, as sorted [start, end) byte
-    offsets, coalesced.
+    """Return the runs of zero pages in the first `length` bytes, as sorted [start, end) byte offsets, coalesced.
 
     `words` is the buffer cast to "Q", `address` where it lies.
     """

@@ -8,7 +8,9 @@ by the process itself, when its table stands. Three quirks:
   more, unseen; one that is not ready just then stays armed for EPOLLERR and EPOLLHUP only, which
   the kernel always adds.
 - An edge-triggered interest reports what is ready once more after the restore: never too few edges,
-  perhaps one too many. Sources: epoll_ctl(2), proc_pid_fdinfo(5), kcmp(2) KCMP_EPOLL_TFD.
+  perhaps one too many.
+
+Sources: epoll_ctl(2), proc_pid_fdinfo(5), kcmp(2) KCMP_EPOLL_TFD.
 """
 
 from __future__ import annotations

@@ -37,8 +37,9 @@ FILE_KINDS: dict[str, FileKind[Any]] = {
         signalfd.KIND,
         timerfd.KIND,
         inetsk.KIND,
-        unixsk.KIND,
         epoll.KIND,
+        # Last, since any other file may be on its way in a queue.
+        unixsk.KIND,
     )
 }
 """Every kind by name, in the order in which they are restored."""

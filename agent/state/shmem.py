@@ -1,11 +1,8 @@
 """Shared memory objects: describe them on the source, make them on the destination.
 
-The content is not here: pages carry it (agent.pages), with the object id as space id. An object is
-made empty and
-writable, filled by pages over all rounds, and gets size, mode and seals at the end (finish_shared),
-since F_SEAL_WRITE would
-keep the content out. Descriptors are the agent's. Sources: memfd_create(2), shmem(5), fcntl(2)
-F_ADD_SEALS.
+The content is not here: pages carry it (agent.pages), with the object id as space id. An object is made empty and
+writable, filled by pages over all rounds, and gets size, mode and seals at the end (finish_shared), since F_SEAL_WRITE
+would keep the content out. Descriptors are the agent's. Sources: memfd_create(2), shmem(5), fcntl(2) F_ADD_SEALS.
 """
 
 from __future__ import annotations
@@ -65,8 +62,7 @@ def _kind_and_name(path: str) -> tuple[SharedKind, str, bool]:
 def dump_shared(object_id: int, fd: int | None, path: str, *, size: int = 0) -> SharedObject:
     """Describe an object as it is now.
 
-    `fd` is any descriptor of it, None where none can be had (then `size` is what its mappings
-    cover). `path` is what
+    `fd` is any descriptor of it, None where none can be had (then `size` is what its mappings cover). `path` is what
     maps or the link of a descriptor in /proc shows.
     """
     kind, name, linked = _kind_and_name(path)
@@ -93,11 +89,9 @@ def dump_shared(object_id: int, fd: int | None, path: str, *, size: int = 0) -> 
 
 
 def content_to_send(fd: int, dirty: RangeSet | None) -> tuple[RangeSet, RangeSet]:
-    """Split a tracker's answer for an object into pages to read and ranges the destination must
-    drop.
+    """Split a tracker's answer for an object into pages to read and ranges the destination must drop.
 
-    `fd` must have a file position of its own (not one fetched from the target): SEEK_DATA moves it.
-    None: all of it.
+    `fd` must have a file position of its own (not one fetched from the target): SEEK_DATA moves it. None: all of it.
     """
     size = os.fstat(fd).st_size
     whole = RangeSet((0, size + -size % PAGE_SIZE))
@@ -127,8 +121,7 @@ def restore_shared(obj: SharedObject) -> int:
     try:
         if obj.kind is SharedKind.MEMFD:
             sealable = 0 if obj.seals & F_SEAL_SEAL and obj.seals == F_SEAL_SEAL else 2
-            # With MFD_ALLOW_SEALING alone the kernel leaves the mode and F_SEAL_EXEC to us
-            # (finish_shared).
+            # With MFD_ALLOW_SEALING alone the kernel leaves the mode and F_SEAL_EXEC to us (finish_shared).
             fd = os.memfd_create(obj.name, os.MFD_CLOEXEC | sealable)
         elif obj.kind is SharedKind.SHM_FILE:
             fd = _make_shm_file(obj)
@@ -150,8 +143,7 @@ def _make_shm_file(obj: SharedObject) -> int:
 
 
 def _make_anonymous(obj: SharedObject) -> int:
-    # A real shared anonymous object, reached through a mapping of our own, looks the same in the
-    # restored process's
+    # A real shared anonymous object, reached through a mapping of our own, looks the same in the restored process's
     # maps; opening it needs CAP_CHECKPOINT_RESTORE. A memfd behaves the same otherwise.
     length = obj.size + -obj.size % PAGE_SIZE
     if length:
@@ -165,15 +157,13 @@ def _make_anonymous(obj: SharedObject) -> int:
 
 
 def resize_shared(fd: int, size: int) -> None:
-    """Follow a size that changed between rounds. Content beyond the end is dropped, as truncation
-    means."""
+    """Follow a size that changed between rounds. Content beyond the end is dropped, as truncation means."""
     if os.fstat(fd).st_size != size:
         os.ftruncate(fd, size)
 
 
 def finish_shared(fd: int, obj: SharedObject) -> None:
-    """Put on what must come after the content: size, owner, mode, seals. `obj` is the final
-    description."""
+    """Put on what must come after the content: size, owner, mode, seals. `obj` is the final description."""
     try:
         resize_shared(fd, obj.size)
         if obj.kind is SharedKind.ANON:
@@ -193,8 +183,7 @@ def finish_shared(fd: int, obj: SharedObject) -> None:
 
 
 def _seal(fd: int, seals: int) -> None:
-    # F_SEAL_WRITE is EBUSY while a writable shared mapping exists: the source cannot have had one
-    # either. The last
+    # F_SEAL_WRITE is EBUSY while a writable shared mapping exists: the source cannot have had one either. The last
     # seal is the one that forbids more.
     missing = seals & ~fcntl.fcntl(fd, fcntl.F_GET_SEALS)
     if missing:
@@ -208,8 +197,7 @@ def _seal(fd: int, seals: int) -> None:
 
 
 def discard_shared(obj: SharedObject) -> None:
-    """Undo restore_shared() after a failed migration: the name goes (descriptors are the caller's
-    to close)."""
+    """Undo restore_shared() after a failed migration: the name goes (descriptors are the caller's to close)."""
     if obj.linked:
         with contextlib.suppress(OSError):
             os.unlink(obj.name)

@@ -9,6 +9,7 @@ shutdown, and last the removal of nodes that no longer existed. Credentials of t
 
 from __future__ import annotations
 
+import array
 import errno
 import os
 import socket
@@ -113,7 +114,7 @@ def restore_unix(job: RestoreJob, items: Sequence[UnixItem]) -> None:
     :raises RestoreError: when a name cannot be had, or the state contradicts itself.
     """
     with ExitStack() as stack:
-        builder = _Builder(job.ctx.root, items, stack, job.replaced)
+        builder = _Builder(job, items, stack)
         builder.build()
         for item in items:
             fd = builder.socks.pop(item.id).detach()
@@ -122,14 +123,10 @@ def restore_unix(job: RestoreJob, items: Sequence[UnixItem]) -> None:
 
 
 class _Builder:
-    def __init__(
-        self,
-        root: str,
-        items: Sequence[UnixItem],
-        stack: ExitStack,
-        replaced: list[tuple[str, str]],
-    ) -> None:
-        self.replaced = replaced
+    def __init__(self, job: RestoreJob, items: Sequence[UnixItem], stack: ExitStack) -> None:
+        self.job = job
+        self.replaced = job.replaced
+        root = job.ctx.root
         self.root = root
         self.items = {item.id: item for item in items}
         self.socks: dict[int, socket.socket] = {}
@@ -320,7 +317,15 @@ class _Builder:
         for message in item.body.queue:
             with ExitStack() as stack:
                 sender, address = self._sender(item, message, stack)
-                _send(sender, message.data, address, item)
+                rights = [self._agent_fd(item, file_id) for file_id in message.file_ids]
+                _send(sender, message.data, address, item, rights)
+
+    def _agent_fd(self, item: UnixItem, file_id: int) -> int:
+        sock = self.socks.get(file_id)
+        fd = sock.fileno() if sock is not None else self.job.fds.get(file_id)
+        if fd is None:
+            raise RestoreError(f"Cannot restore {item}: file {file_id} in its queue does not exist")
+        return fd
 
     def _sender(
         self, item: UnixItem, message: UnixMessage, stack: ExitStack
@@ -363,12 +368,25 @@ class _Builder:
                 pass  # Several sockets share the name: another one has removed it.
 
 
-def _send(sock: socket.socket, data: bytes, address: bytes | None, item: UnixItem) -> None:
+def _send(
+    sock: socket.socket,
+    data: bytes,
+    address: bytes | None,
+    item: UnixItem,
+    rights: Sequence[int] = (),
+) -> None:
     view = memoryview(data)
     for attempt in range(2):
         try:
             while True:
-                if address is None:
+                if rights:
+                    passed = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", rights))
+                    if address is None:
+                        sent = sock.sendmsg([view], [passed], socket.MSG_DONTWAIT)
+                    else:
+                        sent = sock.sendmsg([view], [passed], socket.MSG_DONTWAIT, address)
+                    rights = ()
+                elif address is None:
                     sent = sock.send(view, socket.MSG_DONTWAIT)
                 else:
                     sent = sock.sendto(view, socket.MSG_DONTWAIT, address)
@@ -382,7 +400,7 @@ def _send(sock: socket.socket, data: bytes, address: bytes | None, item: UnixIte
             locked = sock.getsockopt(socket.SOL_SOCKET, SO_BUF_LOCK)
             set_buffer(sock, SO_SNDBUF, FILL_BUFFER)
             try:
-                _send(sock, bytes(view), address, item)
+                _send(sock, bytes(view), address, item, rights)
                 return
             finally:
                 set_buffer(sock, SO_SNDBUF, before)

@@ -2,12 +2,13 @@
 
 Peers come from sock_diag(7); queues are peeked at, never read. A peer in another process is an
 obstacle, except for a datagram socket connected to somebody's path (a system log): that is
-connected again by name. Descriptors in flight inside a queue are an obstacle. Restore is in
+connected again by name. Files in flight inside a queue are an obstacle. Restore is in
 agent.state.unixrestore.
 """
 
 from __future__ import annotations
 
+import array
 import fcntl
 import os
 import select
@@ -17,6 +18,7 @@ import struct
 import termios
 
 from agent.errors import DumpError
+from agent.kernel.kcmp import kcmp_file
 from agent.state.inetsk import opened
 from agent.state.openfile import Description, DumpJob, FileKind
 from agent.state.sockopts import SO_PEEK_OFF, dump_options, has_filter
@@ -26,7 +28,12 @@ from protocol.state.unixsk import UnixMessage, UnixName, UnixPeer, UnixSocket
 
 MAX_DATAGRAM = 1 << 20
 """Bytes to read at once; larger than any datagram that a default send buffer takes."""
-CREDENTIALS_SPACE = socket.CMSG_SPACE(12)
+SCM_PIDFD = 4
+SCM_MAX_FD = 253
+ANCILLARY_SPACE = (
+    socket.CMSG_SPACE(12) + socket.CMSG_SPACE(4 * SCM_MAX_FD) + socket.CMSG_SPACE(4) + 512
+)
+"""Credentials, descriptors, a pidfd, a security label."""
 HINT_OUTSIDE = "move or stop the other process too, or carry it with --external fd[N]"
 
 
@@ -65,10 +72,10 @@ def dump_unix(job: DumpJob, desc: Description) -> UnixSocket | None:
             return None
         queue: list[UnixMessage] | None = []
         if job.content and not info.listening and _is_readable(sock):
-            queue = peek_queue(sock)
+            queue = peek_queue(job, sock)
         if queue is None:
             job.refuse(
-                desc, "unix socket", "file descriptors are in flight in its queue", "try again"
+                desc, "unix socket", "a file that is closed here is in flight in its queue", "try again"
             )
             return None
         return UnixSocket(
@@ -157,64 +164,95 @@ def _is_readable(sock: socket.socket) -> bool:
     return any(events & select.POLLIN for _, events in poller.poll(0))
 
 
-def peek_queue(sock: socket.socket) -> list[UnixMessage] | None:
-    """Return what waits in the queue of a socket of the target; None when descriptors are among it.
+class _InFlight(Exception):
+    """A description is on its way that the process has no number for."""
+
+
+def peek_queue(job: DumpJob, sock: socket.socket) -> list[UnixMessage] | None:
+    """Return what waits in the queue of a socket of the target.
+
+    None when descriptors are among it that the process does not have open too.
 
     :raises DumpError: when it cannot be copied whole.
     """
-    if sock.type == socket.SOCK_STREAM:
-        return _peek_stream(sock)
-    # Datagrams are walked through with a peek offset, which is the socket's: it is put back at
-    # once. The kernel skips an empty datagram that was peeked at before, so that of several looks
-    # only the first one sees it, unless it comes first of all.
-    before = sock.getsockopt(socket.SOL_SOCKET, SO_PEEK_OFF)
+    try:
+        if sock.type == socket.SOCK_STREAM:
+            return _peek_stream(job, sock)
+        before = sock.getsockopt(socket.SOL_SOCKET, SO_PEEK_OFF)
+        messages: list[UnixMessage] = []
+        if before < 0 and sock.type == socket.SOCK_DGRAM:
+            # The kernel skips an empty datagram that was peeked at before, so that of several looks
+            # only the first one sees it, unless it comes first of all.
+            first = _peek(job, sock, MAX_DATAGRAM)
+            if not first.data:
+                messages.append(first)
+        return messages + _walk(job, sock, before)
+    except _InFlight:
+        return None
+
+
+def _walk(job: DumpJob, sock: socket.socket, before: int) -> list[UnixMessage]:
+    # The queue is walked through with a peek offset, which is the socket's: it is put back at once.
     messages: list[UnixMessage] = []
-    if before < 0 and sock.type == socket.SOCK_DGRAM:
-        first = _peek(sock, MAX_DATAGRAM)
-        if first is not None and not first.data:
-            messages.append(first)
     sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)
     try:
         while True:
             try:
-                message = _peek(sock, MAX_DATAGRAM)
+                message = _peek(job, sock, MAX_DATAGRAM)
             except BlockingIOError:
                 return messages
-            if message is None:
-                return None
-            if not message.data and sock.type == socket.SOCK_SEQPACKET:
+            if not message.data and sock.type != socket.SOCK_DGRAM:
                 return messages  # The end, after the peer is gone.
             messages.append(message)
     finally:
         sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, before)
 
 
-def _peek_stream(sock: socket.socket) -> list[UnixMessage] | None:
+def _peek_stream(job: DumpJob, sock: socket.socket) -> list[UnixMessage]:
     length = struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.FIONREAD, bytes(4)))[0]
     if length == 0:
         return []
-    if sock.getsockopt(socket.SOL_SOCKET, SO_PEEK_OFF) >= 0:
-        raise DumpError("Cannot copy the queue of a unix stream socket that uses SO_PEEK_OFF")
-    message = _peek(sock, length)
-    if message is None:
-        return None
-    if len(message.data) != length:
-        raise DumpError(f"Cannot copy a unix socket: {length} bytes expected, {len(message.data)} found")
-    return [message]
+    before = sock.getsockopt(socket.SOL_SOCKET, SO_PEEK_OFF)
+    messages = [_peek(job, sock, length)] if before < 0 else []
+    if sum(len(message.data) for message in messages) != length:
+        # A read ends behind a piece that descriptors were passed with.
+        messages = _walk(job, sock, before)
+    found = sum(len(message.data) for message in messages)
+    if found != length:
+        raise DumpError(f"Cannot copy a unix socket: {length} bytes expected, {found} found")
+    return messages
 
 
-def _peek(sock: socket.socket, size: int) -> UnixMessage | None:
-    # There is room for credentials but none for descriptors: those are not duplicated into the
-    # agent, and their presence shows as MSG_CTRUNC.
-    passes = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED)
-    space = CREDENTIALS_SPACE if passes else 0
-    data, _, flags, sender = sock.recvmsg(size, space, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+def _peek(job: DumpJob, sock: socket.socket, size: int) -> UnixMessage:
+    data, extra, flags, sender = sock.recvmsg(
+        size, ANCILLARY_SPACE, socket.MSG_PEEK | socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+    )
+    fds = array.array("i")
+    for level, kind, content in extra:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+        elif level == socket.SOL_SOCKET and kind == SCM_PIDFD:
+            os.close(struct.unpack("i", content)[0])
+    try:
+        file_ids = tuple(_identify(job, fd) for fd in fds)
+    finally:
+        for fd in fds:
+            os.close(fd)
     if flags & socket.MSG_CTRUNC:
-        return None
+        raise _InFlight
     if flags & socket.MSG_TRUNC:
         raise DumpError(f"Cannot copy a datagram longer than {size} bytes")
     name = os.fsencode(sender) if isinstance(sender, (str, bytes)) else b""
-    return UnixMessage(data=data, sender=name)
+    return UnixMessage(data=data, sender=name, file_ids=file_ids)
+
+
+def _identify(job: DumpJob, fd: int) -> int:
+    # ``fd`` is the agent's duplicate of a description in flight.
+    link = os.readlink(f"/proc/self/fd/{fd}")
+    for desc in job.by_link().get(link, ()):
+        if kcmp_file(job.ctx.pid, os.getpid(), desc.fd, fd) == 0:
+            return desc.id
+    raise _InFlight
 
 
 KIND = FileKind(name="unix", dump=dump_unix, restore=restore_unix, preflight=preflight_unix)

@@ -58,7 +58,7 @@ ADVICE_BY_FLAG: dict[str, int] = {
 MAP_FLAGS = frozenset({"gd", "nr", "dp"})
 """VmFlags that are fixed when a mapping is made: growsdown, noreserve, droppable."""
 
-CARRIED_FLAGS = MAP_FLAGS | ADVICE_BY_FLAG.keys() | {"lo", "lf", "sl", "mw"}
+CARRIED_FLAGS = MAP_FLAGS | ADVICE_BY_FLAG.keys() | {"lo", "lf", "sl", "mw", "ac"}
 
 UFFD_FLAGS = frozenset({"um", "uw", "ui"})
 """VmFlags of a range that is registered with a userfaultfd."""
@@ -323,16 +323,34 @@ class LayoutMirror:
             flags |= MAP_NORESERVE
         if "dp" in vma.flags:
             flags = flags & ~MAP_PRIVATE | MAP_DROPPABLE
+        # A mapping that was once writable counts as committed memory for ever. Made read-only from the
+        # start it would not, and never merge with its neighbours again as it does on the source.
+        committed = not vma.shared and "ac" in vma.flags and not vma.prot & PROT_WRITE
+        prot = PROT_READ | PROT_WRITE if committed else vma.prot
         if vma.kind is VmaKind.ANON:
             batch.call(
-                nr.NR_mmap, start, end - start, vma.prot, flags | MAP_ANONYMOUS, -1, 0, name="mmap"
+                nr.NR_mmap, start, end - start, prot, flags | MAP_ANONYMOUS, -1, 0, name="mmap"
             )
-            return
+        else:
+            self._map_file(batch, vma, start, end, files, prot, flags)
+        if committed:
+            batch.call(nr.NR_mprotect, start, end - start, vma.prot, name="mprotect")
+
+    def _map_file(
+        self,
+        batch: Batch,
+        vma: VmaState,
+        start: int,
+        end: int,
+        files: Sequence[BackingFile],
+        prot: int,
+        flags: int,
+    ) -> None:
         backing = files[vma.file_index] if vma.kind is VmaKind.FILE else None
         source_fd = self._agent_fd(vma, backing)
         fd = batch.call(nr.NR_pidfd_getfd, self._agent_pidfd, source_fd, 0, name="pidfd_getfd")
         offset = vma.offset + start - vma.start
-        batch.call(nr.NR_mmap, start, end - start, vma.prot, flags, fd, offset, name="mmap")
+        batch.call(nr.NR_mmap, start, end - start, prot, flags, fd, offset, name="mmap")
         batch.call(nr.NR_close, fd, name="close")
 
     def finish(self, batch: Batch, guards: Iterable[tuple[int, int]]) -> None:

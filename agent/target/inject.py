@@ -34,12 +34,18 @@ import struct
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Final
+from typing import Final, final
 
 from agent.errors import FreezeError, InjectError, TargetGone
 from agent.kernel import ptrace
 from agent.kernel.arch import SYSCALL_ARGUMENTS, SYSCALL_INSTRUCTION, user_regs_struct
-from agent.kernel.syscalls import NR_madvise, NR_mmap, NR_mremap, NR_munmap, syscall_name
+from agent.kernel.syscalls import (
+    NR_madvise,
+    NR_mmap,
+    NR_mremap,
+    NR_munmap,
+    syscall_name,
+)
 from agent.procfs.maps import parse_maps, read_maps
 from agent.target import restart
 from agent.target import routine_x86_64 as routine
@@ -68,6 +74,7 @@ RUN_TIMEOUT_S: Final = 30.0
 """How long a batch may take before the thread is given up as stuck."""
 
 
+@final
 class Injector:
     """Runs batches in threads of ``tracer``'s process, which the caller has stopped.
 
@@ -110,7 +117,7 @@ class Injector:
         """[start, end) of the scratch mapping, or None when there is none now."""
         return (self._scratch, self._scratch + self._scratch_bytes) if self._scratch else None
 
-    # -- running ----------------------------------------------------------------------------------------------------
+    # -- running ---------------------------------------------------------------------------------------------------
 
     def run(self, batch: Batch, thread: TracedThread | None = None) -> None:
         """Make the calls of ``batch`` in ``thread`` (the leader), which stays stopped.
@@ -158,8 +165,9 @@ class Injector:
             after = self._memory.read(plan.first, len(plan.content))
             batches[thread.tid].unpack(plan.first, after)
         if self.crash_safe:
-            for thread in threads[1:]:
+            for thread, block in zip(threads[1:], blocks):
                 self._restore_exactly(thread)
+                self._mark_as_left(block)
 
     def _write_batches(
         self,
@@ -341,6 +349,10 @@ class Injector:
             self._cont(thread, sig)
             time.sleep(0.001)
 
+    def _mark_as_left(self, block: int) -> None:
+        """Tell the leader's routine that no thread needs this block any more."""
+        self._memory.write(block + routine.BLOCK_R15, struct.pack("<Q", block))
+
     def _recover_workers(self, workers: list[TracedThread]) -> None:
         """After a failure: no thread but the host may go on using the scratch mapping."""
         if not self.crash_safe:
@@ -357,7 +369,7 @@ class Injector:
             except (ProcessLookupError, TargetGone):
                 log.debug("thread %d died in the routine", thread.tid)
 
-    # -- entering and leaving a thread (crash_safe) --------------------------------------------------------------------
+    # -- entering and leaving a thread (crash_safe) ----------------------------------------------------------------
 
     def _enter(self, thread: TracedThread, nr_bytes: int) -> None:
         if not self.crash_safe:
@@ -460,7 +472,7 @@ class Injector:
         ptrace.setsigmask(thread.tid, thread.sigmask)
         ptrace.setregs(thread.tid, restart.resuming_regs(thread.regs))
 
-    # -- the destination (not crash_safe) --------------------------------------------------------------------------------
+    # -- the destination (not crash_safe) --------------------------------------------------------------------------
 
     def remote_syscall(self, thread: TracedThread, nr: int, *args: int) -> int:
         """Make one call in ``thread`` with a ``syscall`` instruction of the target; return its value.
@@ -548,7 +560,7 @@ class Injector:
         struct.pack_into("<Q", block, 168, self._scratch + routine.PARK)
         return bytes(block)
 
-    # -- both ---------------------------------------------------------------------------------------------------------
+    # -- both ------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Remove every trace: the scratch mapping, the code, the threads' registers and signal masks.

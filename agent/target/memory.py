@@ -11,10 +11,12 @@ import errno
 import os
 import struct
 from types import TracebackType
+from typing import final
 
 from agent.errors import TargetGone
 
 
+@final
 class TargetMemory:
     """Read and write the memory of process ``pid``; owns ``fd``, open on /proc/PID/mem."""
 

@@ -286,9 +286,10 @@ def resuming_regs(regs: user_regs_struct) -> user_regs_struct:
     Exactly ``regs`` in general, so that the kernel decides about the restart when it knows what signals there are. A
     call with a mask of its own (sigsuspend, ppoll...) lost that mask: it is made again, which sets it again.
     """
-    if in_syscall(regs) and _uses_own_mask(regs):
-        if regs.result in _CALL_AGAIN or regs.result == -errno.EINTR:
-            return _rewound(regs, regs.orig_rax)
+    if not in_syscall(regs) or not _uses_own_mask(regs):
+        return regs
+    if regs.result in _CALL_AGAIN or regs.result == -errno.EINTR:
+        return _rewound(regs, regs.orig_rax)
     return regs
 
 

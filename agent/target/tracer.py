@@ -8,7 +8,8 @@ alone, and a tracer that dies lets every thread go on by itself. A thread is the
   thread is let go with untouched registers the kernel restarts it.
 - PTRACE_EVENT_STOP with a stopping signal: the process is in a group-stop (SIGSTOP, ^Z). Letting go restores that.
 - signal-delivery-stop: a signal had been taken from its queue just before the interrupt. It is kept in the thread
-  (``pending_stop_signal``) and handed over when the thread is let go; if the agent dies the kernel delivers it itself.
+  (``pending_stop_signal``) and handed over when the thread is let go; if the agent dies the kernel delivers it itself,
+  provided that the report of the stop was never taken (see poll_stop()).
 
 Must never be used from more than one thread of the agent (ptrace(2): requests must come from the tracer thread), and
 must never let a thread of the source run while a register or the signal mask is not what it was, except through
@@ -25,7 +26,7 @@ import signal
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, final
 
 from agent.errors import FreezeError, TargetGone
 from agent.kernel import ptrace, wait
@@ -43,8 +44,11 @@ log = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S: Final = 10.0
 """How long a thread may take to stop; only one in uninterruptible sleep takes longer than microseconds."""
+_REAP_S: Final = 1.0
+"""How long to wait for killed threads to end."""
 _SPIN_S: Final = 0.002
 """How long to wait for a stop by yielding the CPU, before sleeping between looks."""
+_LOOK: Final = os.WEXITED | os.WSTOPPED | os.WNOHANG | os.WNOWAIT | wait.WALL
 _EVENTS_OF_CHILDREN: Final = (
     ptrace.PTRACE_EVENT_CLONE,
     ptrace.PTRACE_EVENT_FORK,
@@ -140,6 +144,7 @@ class TracedThread:
         self.in_group_stop = False
 
 
+@final
 class Tracer:
     """The stopped or traced threads of process ``pid``; leaving the context lets all of them go.
 
@@ -153,6 +158,7 @@ class Tracer:
         self.pid = pid
         self.kill_on_exit = kill_on_exit
         self.threads: dict[int, TracedThread] = {}
+        self._dead: list[int] = []  # threads whose end may still have to be taken from the kernel
         self.new_children: list[int] = []
         """Ids (as the agent sees them) of threads and processes made by traced threads, oldest first."""
         self._options = ptrace.PTRACE_O_TRACESYSGOOD | ptrace.PTRACE_O_TRACEEXEC
@@ -298,12 +304,34 @@ class Tracer:
 
     def detach_all(self) -> None:
         """Let go of all threads; the leader goes last."""
-        for thread in sorted(self.threads.values(), key=lambda t: t.tid == self.pid):
+        known = sorted(self.threads.values(), key=lambda t: t.tid == self.pid)
+        for thread in known:
             self._ignore_death(thread, self.detach)
+        self._reap(self._dead)
 
     def forget_all(self) -> None:
-        """Drop all threads without a word to the kernel: the process was killed."""
+        """Drop all threads: the process was killed. Its parent hears of that once the tracer has."""
+        self._dead += self.threads
         self.threads.clear()
+        self._reap(self._dead)
+
+    def _reap(self, dead: list[int]) -> None:
+        # The kernel keeps the end of a traced thread for its tracer, and that of the process until no thread is left.
+        deadline = time.monotonic() + _REAP_S
+        for tid in sorted(dead, key=lambda t: t == self.pid):
+            while time.monotonic() < deadline:
+                try:
+                    found = os.waitid(os.P_PID, tid, _LOOK)
+                    if found is None:
+                        time.sleep(0.0005)
+                        continue
+                    if tid != self.pid or read_stat(tid).ppid != os.getpid():
+                        os.waitpid(tid, wait.WALL | wait.WNOHANG)
+                    if found.si_code != os.CLD_TRAPPED:
+                        break
+                except (ChildProcessError, FileNotFoundError, ProcessLookupError):
+                    break
+        dead.clear()
 
     # -- holding ----------------------------------------------------------------------------------------------------
 
@@ -370,18 +398,24 @@ class Tracer:
 
     def poll_stop(self, thread: TracedThread) -> Stop | None:
         """Like wait_stop() but return None at once when the thread has not stopped."""
+        # Looked at without taking it (WNOWAIT): the kernel delivers the signal of a signal-delivery-stop when the
+        # tracer dies, but only if nobody has taken the report. All other reports are taken.
         try:
-            found = wait.waitpid4(thread.tid, wait.WNOHANG)
+            found = os.waitid(os.P_PID, thread.tid, _LOOK)
+            if found is None:
+                return None
+            status = found.si_status << 8 | 0x7F
+            if found.si_code != os.CLD_TRAPPED or not _is_signal_stop(found.si_status):
+                os.waitpid(thread.tid, wait.WALL | wait.WNOHANG)
         except ChildProcessError as err:
             self.threads.pop(thread.tid, None)
             raise TargetGone(f"Thread {thread.tid} of process {self.pid} is gone") from err
-        if found is None:
-            return None
-        status = found[1]
-        sig = wait.stop_signal(status)
-        if sig is None:
+        if found.si_code != os.CLD_TRAPPED:
             self.threads.pop(thread.tid, None)
-            raise TargetGone(f"Thread {thread.tid} of process {self.pid} died (status {status:#x})")
+            raise TargetGone(
+                f"Thread {thread.tid} of process {self.pid} died (code {found.si_code}, status {found.si_status})"
+            )
+        sig = found.si_status & 0xFF
         event = wait.ptrace_event(status)
         thread.stopped = True
         if event == ptrace.PTRACE_EVENT_EXEC:
@@ -418,6 +452,7 @@ class Tracer:
             state = "X"
         if state in "ZX" and wait_nothing(thread.tid):
             self.threads.pop(thread.tid, None)
+            self._dead.append(thread.tid)
             raise TargetGone(f"Thread {thread.tid} of process {self.pid} is gone")
 
     # -- helpers ----------------------------------------------------------------------------------------------------
@@ -436,6 +471,7 @@ class Tracer:
         try:
             action(thread)
         except (ProcessLookupError, TargetGone):
+            self._dead.append(thread.tid)
             self.threads.pop(thread.tid, None)
 
     def _list_tids(self) -> list[int]:
@@ -515,11 +551,13 @@ def pick_injection_thread(pid: int) -> int:
 def wait_nothing(tid: int) -> bool:
     """Tell whether the kernel has no stop of ``tid`` to report, without taking one."""
     try:
-        return os.waitid(
-            os.P_PID, tid, os.WEXITED | os.WSTOPPED | os.WNOHANG | os.WNOWAIT | wait.WALL
-        ) is None
+        return os.waitid(os.P_PID, tid, _LOOK) is None
     except (ChildProcessError, OSError):
         return True
+
+
+def _is_signal_stop(status: int) -> bool:
+    return status >> 8 == 0 and status != wait.SYSCALL_STOP
 
 
 def _bit(sig: int) -> int:

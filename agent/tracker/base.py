@@ -1,17 +1,12 @@
 """What a dirty-page tracker is: the interface, and what one look at the target yields.
 
-A tracker answers one question per round: which memory must be sent so that the destination, which
-got everything the
-earlier rounds reported, holds what the target holds? Running rounds may report too much and may
-leave a change that
-happened during the round to the next one; the final round, with the target frozen, must be exact (a
-superset of what
+A tracker answers one question per round: which memory must be sent so that the destination, which got everything the
+earlier rounds reported, holds what the target holds? Running rounds may report too much and may leave a change that
+happened during the round to the next one; the final round, with the target frozen, must be exact (a superset of what
 differs, and nothing that differs is missing).
 
-Addresses are target addresses, ranges `[start, end)` in bytes, page aligned. Offsets are offsets
-into shared objects.
-The tracker keeps the book of what the destination holds: the caller must send everything a DirtySet
-names, in
+Addresses are target addresses, ranges `[start, end)` in bytes, page aligned. Offsets are offsets into shared objects.
+The tracker keeps the book of what the destination holds: the caller must send everything a DirtySet names, in
 the same round, or give up the migration.
 """
 
@@ -25,8 +20,7 @@ from agent.ranges import RangeSet
 
 
 class SharedKey(NamedTuple):
-    """Identity of a shared memory object: st_dev and st_ino, as fstat(2) and /proc/PID/maps show
-    them."""
+    """Identity of a shared memory object: st_dev and st_ino, as fstat(2) and /proc/PID/maps show them."""
 
     dev: int
     ino: int
@@ -48,12 +42,9 @@ class TrackerStats:
 class DirtySet:
     """One round's answer.
 
-    `pages` and `absent` never overlap. `absent` may name addresses that are no longer mapped: the
-    destination forgets
-    what it holds there. `guards` is filled in the final round only. `shared` maps an object to
-    dirty offsets, or to
-    None for all of it (then also drop what the object no longer has: see
-    agent.state.shmem.shared_extents).
+    `pages` and `absent` never overlap. `absent` may name addresses that are no longer mapped: the destination forgets
+    what it holds there. `guards` is filled in the final round only. `shared` maps an object to dirty offsets, or to
+    None for all of it (then also drop what the object no longer has: see agent.state.shmem.shared_extents).
     """
 
     maps_text: bytes

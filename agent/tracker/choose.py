@@ -1,5 +1,4 @@
-"""Which tracker to use: the user's word, or the best the kernel offers. Decides only, touches
-nothing."""
+"""Which tracker to use: the user's word, or the best the kernel offers. Decides only, touches nothing."""
 
 from __future__ import annotations
 
@@ -7,8 +6,7 @@ from agent.errors import SetupError, UsageError
 from agent.kernel.features import KernelFeatures
 
 TRACKER_NAMES = ("scan",)
-"""What is built. The command line also knows log, bitmap, soft-dirty and compare; they come
-later."""
+"""What is built. The command line also knows log, bitmap, soft-dirty and compare; they come later."""
 
 
 def choose_tracker(requested: str, features: KernelFeatures) -> str:

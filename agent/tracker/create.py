@@ -1,13 +1,10 @@
 """Make a userfaultfd inside the target and hold it in the agent.
 
-A userfaultfd belongs to the address space of its creator, so the target itself must call
-userfaultfd(2): one injected
-call. The agent fetches the descriptor and the target's copy is closed at once: when the agent dies
-the last reference
+A userfaultfd belongs to the address space of its creator, so the target itself must call userfaultfd(2): one injected
+call. The agent fetches the descriptor and the target's copy is closed at once: when the agent dies the last reference
 goes and the kernel unregisters every range. Must never leave the descriptor in the target's table.
 
-UFFD_USER_MODE_ONLY needs no privilege and no sysctl; asynchronous write protection resolves the
-faults of system calls
+UFFD_USER_MODE_ONLY needs no privilege and no sysctl; asynchronous write protection resolves the faults of system calls
 under it too.
 """
 
@@ -29,8 +26,7 @@ CREATE_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK | uffd.UFFD_USER_MODE_ONLY
 
 
 def adopt_uffd(pidfd: int, target_fd: int) -> int:
-    """Fetch descriptor `target_fd` of the target and do the UFFDIO_API handshake; the caller owns
-    the result.
+    """Fetch descriptor `target_fd` of the target and do the UFFDIO_API handshake; the caller owns the result.
 
     :raises SetupError: the kernel lacks a feature that tracking needs.
     """
@@ -47,8 +43,7 @@ def adopt_uffd(pidfd: int, target_fd: int) -> int:
 
 
 def create_uffd(injector: Injector, pidfd: int, thread: TracedThread) -> int:
-    """Create a userfaultfd in the stopped target, ready for ScanTracker; the target keeps no
-    copy."""
+    """Create a userfaultfd in the stopped target, ready for ScanTracker; the target keeps no copy."""
     from agent.target.inject import Batch
 
     batch = Batch()

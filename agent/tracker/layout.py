@@ -2,10 +2,8 @@
 
     anonymous      private, no file: heap, stacks, malloc arenas. Content is sent where populated.
     private file   MAP_PRIVATE of a file: only copied pages are sent, the rest is the file's.
-    shared object  memfd, MAP_SHARED|MAP_ANONYMOUS, System V, /dev/shm: content is sent by object
-    and offset.
-    other          [vdso], [vvar], [vsyscall], devices, MAP_SHARED of regular files (their content
-    is the file
+    shared object  memfd, MAP_SHARED|MAP_ANONYMOUS, System V, /dev/shm: content is sent by object and offset.
+    other          [vdso], [vvar], [vsyscall], devices, MAP_SHARED of regular files (their content is the file
                    system's), and what userfaultfd refused (`excluded`). Never scanned, never read.
 
 Pure apart from asking once for the device number of the kernel's own tmpfs mount.
@@ -27,8 +25,7 @@ _SPECIAL = frozenset({"[vdso]", "[vvar]", "[vvar_vclock]", "[vsyscall]", "[uprob
 
 @functools.cache
 def internal_tmpfs_device() -> int:
-    """Return st_dev of the mount that holds memfds, shared anonymous memory and System V
-    segments."""
+    """Return st_dev of the mount that holds memfds, shared anonymous memory and System V segments."""
     fd = os.memfd_create("ferry-probe", os.MFD_CLOEXEC)
     try:
         return os.fstat(fd).st_dev
@@ -56,12 +53,11 @@ class Layout:
     anonymous: RangeSet
     private_file: RangeSet
     private: RangeSet
-    shared_mappings: list[tuple[MapsEntry, SharedKey]]
+    shared_mappings: list[tuple[MapsEntry, SharedKey]]  # registered ones
+    object_mappings: list[tuple[MapsEntry, SharedKey]]  # also read-only (refused) and private ones
     shared: RangeSet
-    objects: frozenset[SharedKey]  # also those that are only mapped privately
     watched: list[MapsEntry]  # all that should be registered
-    spans: list[tuple[int, int, list[MapsEntry]]]  # runs of watched VMAs with nothing else between
-    them
+    spans: list[tuple[int, int, list[MapsEntry]]]  # runs of watched VMAs with nothing else between them
 
 
 def classify(entries: list[MapsEntry], excluded: Container[MapsEntry]) -> Layout:
@@ -69,25 +65,24 @@ def classify(entries: list[MapsEntry], excluded: Container[MapsEntry]) -> Layout
     anonymous: list[tuple[int, int]] = []
     private_file: list[tuple[int, int]] = []
     shared_mappings: list[tuple[MapsEntry, SharedKey]] = []
-    objects: set[SharedKey] = set()
+    object_mappings: list[tuple[MapsEntry, SharedKey]] = []
     watched: list[MapsEntry] = []
     spans: list[tuple[int, int, list[MapsEntry]]] = []
     run: list[MapsEntry] = []
     for entry in entries:
         private = entry.perms[3] == "p"
+        of_object = is_shared_object(entry)
+        if of_object:
+            object_mappings.append((entry, shared_key(entry)))
         if entry.path in _SPECIAL or entry in excluded:
             wanted = False
         elif private:
             wanted = True
             (private_file if entry.inode else anonymous).append((entry.start, entry.end))
-            if is_shared_object(entry):
-                objects.add(shared_key(entry))
         else:
-            wanted = is_shared_object(entry)
+            wanted = of_object
             if wanted:
-                key = shared_key(entry)
-                objects.add(key)
-                shared_mappings.append((entry, key))
+                shared_mappings.append((entry, shared_key(entry)))
         if wanted:
             watched.append(entry)
             run.append(entry)
@@ -103,7 +98,7 @@ def classify(entries: list[MapsEntry], excluded: Container[MapsEntry]) -> Layout
         private=anonymous_set.union(file_set),
         shared_mappings=shared_mappings,
         shared=RangeSet.of((entry.start, entry.end) for entry, _ in shared_mappings),
-        objects=frozenset(objects),
+        object_mappings=object_mappings,
         watched=watched,
         spans=spans,
     )

@@ -1,47 +1,35 @@
 """The scan tracker: asynchronous userfaultfd write protection, read back by PAGEMAP_SCAN.
 
-Runs from outside; the target never waits for the agent. Addresses are target addresses. Must never
-populate a page,
-never write-protect an empty private reservation (page tables for 64 GiB of nothing), never leave a
-registration.
+Runs from outside; the target never waits for the agent. Addresses are target addresses. Must never populate a page,
+never write-protect an empty private reservation (page tables for 64 GiB of nothing), never leave a registration.
 
-Theory of operation. The state "clean since the last look" is one bit per page table entry and lives
-in the kernel;
+Theory of operation. The state "clean since the last look" is one bit per page table entry and lives in the kernel;
 Ferry holds only `_sent`, a superset of the private pages the destination holds. A private page is
 
     clean      protected: the destination has its content;
     WRITTEN    not protected: written since, newly populated, dropped, or never populated at all.
 
 collect() makes passes until one meets no surprise:
-1. Read maps. Register what is new, everything populated there is dirty (the page tables may carry
-stale protection
+1. Read maps. Register what is new, everything populated there is dirty (the page tables may carry stale protection
    after mremap on kernels before 6.13, so WRITTEN is not asked for).
 2. Fast scan of all spans (WRITTEN and nothing else, no clearing): R.
-3. Detailed scan of windows around R, which reports and protects atomically, page by page under the
-page table lock:
+3. Detailed scan of windows around R, which reports and protects atomically, page by page under the page table lock:
    what is populated and WRITTEN is dirty (P). R - P that the destination holds is absent.
-4. Private file mappings: what the destination holds as a copied page must still be one.
-(MADV_DONTNEED of a protected
+4. Private file mappings: what the destination holds as a copied page must still be one. (MADV_DONTNEED of a protected
    page leaves a marker there, which is not reported as WRITTEN.)
-5. Shared objects: written ranges by offset, see agent.tracker.shared for what page tables do not
-tell.
+5. Shared objects: written ranges by offset, see agent.tracker.shared for what page tables do not tell.
 
 Races with a running target, and who repairs them:
 - stored to after its report: protected before it is read, so the next round reports it again;
-- populated after step 2: not protected, hence WRITTEN: next round. Dropped after step 3:
-  unpopulated, hence WRITTEN and
+- populated after step 2: not protected, hence WRITTEN: next round. Dropped after step 3: unpopulated, hence WRITTEN and
   not in P: absent in the next round, whatever the sender read meanwhile;
-- mapping replaced, moved or grown after step 1: not registered; PM_SCAN_CHECK_WPASYNC makes the
-  scan fail with EPERM,
-  now (another pass of this round) or in the next round, and all that is populated there is dirty.
-  mremap moves lose
+- mapping replaced, moved or grown after step 1: not registered; PM_SCAN_CHECK_WPASYNC makes the scan fail with EPERM,
+  now (another pass of this round) or in the next round, and all that is populated there is dirty. mremap moves lose
   the registration, growth in place (stack, mremap) keeps it and starts unpopulated;
-- EPERM in the middle of step 3 loses the report of what it has protected already: the window is
-  remembered in `_suspect` and
-  scanned again without asking for WRITTEN;
+- EPERM in the middle of step 3 loses the report of what it has protected already: the window goes into `_suspect` and
+  is scanned again without asking for WRITTEN;
 - unmapped: leaves `_sent` as absent. Unmapped and mapped again at once: unregistered, as above;
-- mprotect, mlock, fork, THP collapse and split: bits stay or the page becomes WRITTEN; never clean
-  by mistake.
+- mprotect, mlock, fork, THP collapse and split: bits stay or the page becomes WRITTEN; never clean by mistake.
 In the final round nothing races, so the answer is exact; a surprise there that repeats is an error.
 """
 
@@ -77,11 +65,9 @@ from agent.types import Obstacle
 MAX_PASSES = 2
 """Passes in a running round before a surprise is left to the next round."""
 MAX_FINAL_PASSES = 8
-"""Nothing changes under a final round: registering what is new takes one more pass; beyond that it
-is an error."""
+"""Nothing changes under a final round: registering what is new takes one more pass; beyond that it is an error."""
 WINDOW_GAP_BYTES = 160 * 4096
-"""Clean gap that a detailed scan walks rather than start another: a scan costs about 12 us all in
-all, a page 70 ns."""
+"""Clean gap that a detailed scan walks rather than start another: a scan costs about 12 us all in all, a page 70 ns."""
 
 _POPULATED = PAGE_IS_PRESENT | PAGE_IS_SWAPPED
 _GONE = (errno.ESRCH, errno.ENOENT)
@@ -106,8 +92,7 @@ def _select(triples: array[int], wanted: int, mask: int) -> RangeSet:
     if not triples:
         return RangeSet()
     chosen = list(map(wanted.__eq__, map(mask.__and__, triples[2::3])))
-    pairs = zip(itertools.compress(triples[0::3], chosen), itertools.compress(triples[1::3],
-    chosen))
+    pairs = zip(itertools.compress(triples[0::3], chosen), itertools.compress(triples[1::3], chosen))
     return RangeSet(array("Q", list(itertools.chain.from_iterable(pairs))))
 
 
@@ -119,8 +104,7 @@ def _all_regions(triples: array[int]) -> RangeSet:
 
 
 def _knows_guards(scanner: PagemapScanner) -> bool:
-    # Since Linux kernel commit a516403787e0 ("fs/proc: extend the PAGEMAP_SCAN ioctl to report
-    # guard regions")
+    # Since Linux kernel commit a516403787e0 ("fs/proc: extend the PAGEMAP_SCAN ioctl to report guard regions")
     # (in v6.15). Before, unknown categories are EINVAL.
     try:
         scanner.scan(0, 4096, category_mask=PAGE_IS_GUARD, return_mask=PAGE_IS_GUARD)
@@ -130,8 +114,7 @@ def _knows_guards(scanner: PagemapScanner) -> bool:
 
 
 class ScanTracker:
-    """Tracks one process through an agent-side descriptor of a userfaultfd that belongs to its
-    address space.
+    """Tracks one process through an agent-side descriptor of a userfaultfd that belongs to its address space.
 
     Takes over `uffd_fd` (UFFDIO_API done, see create.py) and closes it in disarm().
     """
@@ -180,8 +163,7 @@ class ScanTracker:
     def disarm(self) -> None:
         if self._uffd < 0:
             return
-        # Closing the last reference unregisters every range; the target's own copy was closed after
-        # arming, but do not
+        # Closing the last reference unregisters every range; the target's own copy was closed after arming, but do not
         # depend on it.
         for span in self._layout.spans:
             try:
@@ -264,8 +246,7 @@ class ScanTracker:
         if err.errno == errno.EBUSY:
             where = f"{entry.start:#x}-{entry.end:#x}"
             raise RefusedError(
-                f"Cannot track memory {where} of process {self.pid}: it has a userfaultfd of its
-                own",
+                f"Cannot track memory {where} of process {self.pid}: it has a userfaultfd of its own",
                 [
                     Obstacle(
                         kind="userfaultfd",
@@ -276,8 +257,7 @@ class ScanTracker:
                 ],
                 hint="a process that handles its own page faults cannot be tracked",
             ) from err
-        # EINVAL: MAP_DROPPABLE and other special mappings, or it went away just now. EPERM: shared
-        # and never
+        # EINVAL: MAP_DROPPABLE and other special mappings, or it went away just now. EPERM: shared and never
         # writable. In both cases the entry no longer counts until maps shows another one there.
         self._excluded[entry] = err.errno or errno.EINVAL
 
@@ -305,6 +285,8 @@ class ScanTracker:
             if err.errno in _GONE:
                 raise TargetGone("The target exited or called exec", pid=self.pid) from err
             raise
+        # What an earlier pass found may be unmapped by now; the destination follows these maps.
+        pages = pages.intersect(self._layout.private)
         held_nowhere = self._sent.subtract(self._layout.private)
         absent = absent.intersect(self._sent).union(held_nowhere).subtract(pages)
         self._sent = self._sent.subtract(absent).union(pages)
@@ -370,10 +352,8 @@ class ScanTracker:
         )
 
     def _probe(self, failed: RangeSet) -> array[int]:
-        # Find which mappings are not registered (with maps of now, not of the start of the round:
-        # else a large
-        # mapping would be taken for new because something landed inside it); return what the others
-        # have.
+        # Find which mappings are not registered (with maps of now, not of the start of the round: else a large
+        # mapping would be taken for new because something landed inside it); return what the others have.
         found: array[int] = array("Q")
         lost: list[tuple[int, int]] = []
         for entry in parse_maps(read_maps(self.pid)):
@@ -411,8 +391,7 @@ class ScanTracker:
         return _select(found, 0, PAGE_IS_FILE) if of_file else _all_regions(found), settled
 
     def _check_copied(self, held: RangeSet, pages: RangeSet, absent: RangeSet) -> None:
-        # Step 4. A marker cannot be told from a swapped-out copy: read it, which gives the visible
-        # content.
+        # Step 4. A marker cannot be told from a swapped-out copy: read it, which gives the visible content.
         found: array[int] = array("Q")
         guard = PAGE_IS_GUARD if self._knows_guards else 0
         for start, end in RangeSet.of(windows(held)).intersect(self._layout.private_file):
@@ -429,8 +408,7 @@ class ScanTracker:
         absent.update(held.subtract(copied).subtract(marked))
 
     def _guards(self) -> RangeSet:
-        # Guard markers stay WRITTEN (step 3 leaves them out), so they are among what a fast scan
-        # returns.
+        # Guard markers stay WRITTEN (step 3 leaves them out), so they are among what a fast scan returns.
         found: array[int] = array("Q")
         if self._knows_guards:
             unpopulated = self._last_written.intersect(self._layout.private)
@@ -442,8 +420,7 @@ class ScanTracker:
         return _all_regions(found).intersect(self._layout.private)
 
     def _take_shared(self, written: RangeSet, stored: dict[SharedKey, RangeSet]) -> bool:
-        # Step 5, the page table part: report and protect, unpopulated pages too (markers), since
-        # another mapping or
+        # Step 5, the page table part: report and protect, unpopulated pages too (markers), since another mapping or
         # a later fault may bring in pages that exist already.
         settled = True
         found: array[int] = array("Q")
@@ -471,7 +448,7 @@ class ScanTracker:
         self, stored: dict[SharedKey, RangeSet]
     ) -> dict[SharedKey, RangeSet | None]:
         whole = self.shared_watch.changed(
-            self._layout.shared_mappings, stored=set(stored), remapped=self._remapped
+            self._layout.object_mappings, stored=set(stored), remapped=self._remapped
         )
         self._remapped = set()
         result: dict[SharedKey, RangeSet | None] = dict(stored)

@@ -1,32 +1,21 @@
 """Changes of shared memory objects that page tables do not show.
 
-Write protection is per mapping. Content of an object can also change by write(2) and its kin on a
-descriptor, through
-a mapping that came and went between two rounds, or by punching holes. An object counts as changed
-as a whole when:
-- it is new, or the set of its mappings in the target changed (a store through a mapping that is
-  gone left no trace);
-- inotify saw it opened or written (works for files with a path and reopened memfds; since Linux
-  6.14 or so not for
+Write protection is per mapping. Content of an object can also change by write(2) and its kin on a descriptor, through
+a mapping that came and went between two rounds, or by punching holes. An object counts as changed as a whole when:
+- it is new, or the set of its mappings in the target changed (a store through a mapping that is gone left no trace);
+- inotify saw it opened or written (works for files with a path and reopened memfds; since Linux 6.14 or so not for
   the description memfd_create(2) returned, and never for mmap stores: so it separates the two);
-- its size, blocks or time stamps changed, or were too fresh to trust, and nothing explains that.
-  Stores through a
-  mapping explain it (the kernel updates mtime at the first store to a protected page) unless the
-  target also
-  holds a descriptor that could have written (F_SEAL_WRITE and F_SEAL_FUTURE_WRITE rule that out),
-  or the object was
-  seen to lose pages: a hole that was punched (MADV_REMOVE) and read again before we looked is
-  populated, zero and
+- its size, blocks or time stamps changed, or were too fresh to trust, and nothing explains that. Stores through a
+  mapping explain it (the kernel updates mtime at the first store to a protected page) unless the target also
+  holds a descriptor that could have written (F_SEAL_WRITE and F_SEAL_FUTURE_WRITE rule that out), or the object was
+  seen to lose pages: a hole that was punched (MADV_REMOVE) and read again before we looked is populated, zero and
   still protected. The caller drops what holes it sees in any case.
 
-Known gap: the first punch ever seen of an object without descriptors, undone by reads of every page
-of it and hidden
+Known gap: the first punch ever seen of an object without descriptors, undone by reads of every page of it and hidden
 by stores elsewhere in the same round.
 
-Time stamps are taken before the content is read, so a write that comes later shows in the next
-round.
-An object with no descriptor to be had (MAP_SHARED|MAP_ANONYMOUS without CAP_CHECKPOINT_RESTORE) has
-only its mappings;
+Time stamps are taken before the content is read, so a write that comes later shows in the next round.
+An object with no descriptor to be had (MAP_SHARED|MAP_ANONYMOUS without CAP_CHECKPOINT_RESTORE) has only its mappings;
 there nobody can write(2) either.
 
 Must never hold an object open for writing: that would make F_SEAL_WRITE fail in the target.
@@ -48,8 +37,7 @@ from agent.ranges import RangeSet
 from agent.tracker.base import SharedKey
 
 FRESH_NS = 20_000_000
-"""Time stamps younger than this may not move at the next write: kernels before 6.13 stamp with the
-tick."""
+"""Time stamps younger than this may not move at the next write: kernels before 6.13 stamp with the tick."""
 
 _IN_MODIFY = 0x2
 _IN_OPEN = 0x20
@@ -204,8 +192,7 @@ class SharedWatch:
     ) -> set[SharedKey]:
         """Return the objects whose whole content counts as changed since the last call.
 
-        `stored`: objects with written pages in a mapping. `remapped`: objects with a newly
-        registered mapping.
+        `stored`: objects with written pages in a mapping. `remapped`: objects with a newly registered mapping.
         """
         self.find(mapped)
         places: dict[SharedKey, set[tuple[int, int, int]]] = {}

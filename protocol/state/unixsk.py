@@ -27,11 +27,13 @@ class UnixPeer(enum.Enum):
 class UnixMessage:
     """Queued bytes: one datagram, or a piece of a stream.
 
-    ``sender`` is the name it came from (may be empty).
+    ``sender`` is the name it came from (may be empty); ``file_ids`` are the descriptions that were
+    passed with it (SCM_RIGHTS).
     """
 
     data: bytes
     sender: bytes = b""
+    file_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

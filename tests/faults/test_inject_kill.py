@@ -6,6 +6,7 @@ The number of kills is scaled for a quick run; FERRY_KILL_ROUNDS asks for more.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import random
 import signal
@@ -128,7 +129,7 @@ def kill_an_agent(work: Callable[[], None], after_s: float) -> None:
         try:
             os.write(tell, b"x")
             work()
-        except BaseException as err:  # an error is not what this test waits for
+        except BaseException as err:  # noqa: BLE001  # an error is not what this test waits for
             os.write(2, f"agent failed: {err!r}\n".encode())
         os._exit(1)
     os.close(tell)
@@ -165,8 +166,8 @@ def killed_at_request(work: Callable[[], None], number: int) -> Callable[[], Non
             write(*args)
             count()
 
-        setattr(ptrace, "_request", counted_request)
-        setattr(TargetMemory, "write", counted_write)
+        setattr(ptrace, "_request", counted_request)  # noqa: B010  # mypy
+        setattr(TargetMemory, "write", counted_write)  # noqa: B010  # mypy
         work()
         os._exit(0)
 
@@ -179,7 +180,7 @@ def outcome_of(work: Callable[[], None]) -> int:
     if agent == 0:
         try:
             work()
-        except BaseException as err:
+        except BaseException as err:  # noqa: BLE001  # the process ends here
             os.write(2, f"agent failed: {err!r}\n".encode())
         os._exit(1)
     return os.waitpid(agent, 0)[1]
@@ -188,8 +189,9 @@ def outcome_of(work: Callable[[], None]) -> int:
 def only_scratch_is_left(now: dict[str, object], before: dict[str, object]) -> bool:
     """Tell the one difference that is allowed: an unused scratch mapping.
 
-    An agent killed between announcing a thread to the leader and redirecting it (some microseconds of run_parallel)
-    leaves the leader waiting for a thread that never comes; it then leaves the mapping alone, to be on the safe side.
+    An agent killed between announcing a thread to the leader and redirecting it, or between restoring it and saying
+    so (some microseconds of run_parallel), leaves the leader waiting for a thread that never comes; it then leaves
+    the mapping alone, to be on the safe side.
     """
     if {**now, "maps": ""} != {**before, "maps": ""}:
         return False
@@ -225,9 +227,8 @@ def test_killed_agent_leaves_sleeper_as_it_was(seed: int) -> None:
         time.sleep(0.1)
         before = appearance(child.pid)
         for turn in range(ROUNDS):
-            kill_an_agent(
-                lambda t=turn: arm_for_ever(child.pid, t), instants.uniform(0.0, 0.03)
-            )
+            work = functools.partial(arm_for_ever, child.pid, turn)
+            kill_an_agent(work, instants.uniform(0.0, 0.03))
             assert child.poll() is None
             before = wait_until_as(child.pid, before, parallel=True)
         # The sleeps that began meanwhile, and the one that is under way.
@@ -312,7 +313,7 @@ def test_agent_killed_after_each_ptrace_request(visit: str) -> None:
             leaks += now != before
             before = now
             number += step
-        assert leaks <= 6, "at most one request of each thread may leave the mapping"
+        assert leaks <= 8, "at most two requests of each of four threads may leave the mapping"
         assert number > 10
         assert child.stdout is not None
         os.set_blocking(child.stdout.fileno(), False)

@@ -259,27 +259,26 @@ def test_slow_agent_is_told_and_the_thread_unharmed(monkeypatch: pytest.MonkeyPa
 
 
 def test_skeleton_mode_keeps_its_scratch_mapping_and_can_move_it() -> None:
-    with running(THREADED) as child:
-        with Tracer(child.pid, kill_on_exit=True) as tracer:
-            thread = tracer.stop(child.pid)
-            hint = 0x10_0000_0000
-            injector = Injector(tracer, crash_safe=False, scratch_hint=hint)
-            for address in (hint, 0x20_0000_0000):
-                batch = Batch()
-                call = batch.call(NR_getpid)
-                injector.run(batch)
-                assert call.value == child.pid
-                found = injector.scratch_range
-                assert found is not None and found[0] == address
-                injector.move(0x20_0000_0000 if address == hint else 0x30_0000_0000)
-            big = Batch()
-            blob = big.buffer(5_000_000)
-            big.call(NR_uname, blob)
-            injector.run(big)
-            assert blob.read().startswith(b"Linux")
-            page = injector.remote_syscall(thread, NR_mmap, 0, 4096, 3, 0x22, -1, 0)
-            assert f"{page:x}" in read_maps(child.pid)
-            with pytest.raises(InjectError, match="close"):
-                injector.remote_syscall(thread, NR_close, 9999)
-            injector.close()
-            assert injector.scratch_range is None
+    with running(THREADED) as child, Tracer(child.pid, kill_on_exit=True) as tracer:
+        thread = tracer.stop(child.pid)
+        hint = 0x10_0000_0000
+        injector = Injector(tracer, crash_safe=False, scratch_hint=hint)
+        for address in (hint, 0x20_0000_0000):
+            batch = Batch()
+            call = batch.call(NR_getpid)
+            injector.run(batch)
+            assert call.value == child.pid
+            found = injector.scratch_range
+            assert found is not None and found[0] == address
+            injector.move(0x20_0000_0000 if address == hint else 0x30_0000_0000)
+        big = Batch()
+        blob = big.buffer(5_000_000)
+        big.call(NR_uname, blob)
+        injector.run(big)
+        assert blob.read().startswith(b"Linux")
+        page = injector.remote_syscall(thread, NR_mmap, 0, 4096, 3, 0x22, -1, 0)
+        assert f"{page:x}" in read_maps(child.pid)
+        with pytest.raises(InjectError, match="close"):
+            injector.remote_syscall(thread, NR_close, 9999)
+        injector.close()
+        assert injector.scratch_range is None

@@ -11,7 +11,13 @@ import time
 
 import pytest
 
-from agent.kernel.syscalls import NR_clock_nanosleep, NR_futex, NR_getpid, NR_nanosleep, NR_poll
+from agent.kernel.syscalls import (
+    NR_clock_nanosleep,
+    NR_futex,
+    NR_getpid,
+    NR_nanosleep,
+    NR_poll,
+)
 from agent.target import restart
 from agent.target.inject import Batch, Injector
 from agent.target.tracer import Tracer

@@ -308,3 +308,52 @@ def test_a_thousand_descriptors_take_milliseconds(tmp_path: Path) -> None:
     assert len(state.fds) >= 1000
     print(f"{seconds * 1000:.1f} ms")
     assert seconds < 1.0
+
+
+def test_paths_are_those_of_the_process_in_its_own_mounts_and_root(tmp_path: Path) -> None:
+    code = """
+    libc = ctypes.CDLL(None, use_errno=True)
+    os.mkdir("private"); os.mkdir("jail"); os.mkdir("jail/inner")
+    open("jail/inner/file", "w").close()
+    assert libc.unshare(0x20000) == 0                             # CLONE_NEWNS
+    assert libc.mount(None, b"/", None, (1 << 18) | 16384, None) == 0   # private, recursive
+    assert libc.mount(b"none", b"private", b"tmpfs", 0, None) == 0
+    open("private/hidden", "w").close()
+    os.dup2(os.open("private/hidden", os.O_RDONLY), 50); os.dup2(os.open("jail/inner/file", 0), 51)
+    r = os.open("/proc/self/fdinfo", os.O_RDONLY | os.O_DIRECTORY); os.dup2(r, 52); os.close(r)
+    flag = os.open(".", os.O_RDONLY); os.dup2(flag, 60); os.close(flag)
+    os.chroot("jail")
+    def ready():
+        os.rename(os.path.basename(sys.argv[1]) + ".tmp", os.path.basename(sys.argv[1]), src_dir_fd=60, dst_dir_fd=60)
+        os.close(60)
+        for fd in list(range(3, 50)):
+            try: os.close(fd)
+            except OSError: pass
+        signal.pause()
+    ready()
+    """
+    with live_child(tmp_path, code) as child:
+        while os.path.exists(f"/proc/{child.pid}/fd/60"):
+            time.sleep(0.005)
+        while {"3", "4", "5"} & set(os.listdir(f"/proc/{child.pid}/fd")):
+            time.sleep(0.005)
+        obstacles = child.check()
+    # What lies outside the new root cannot be named from inside; what is inside has its path from there.
+    assert {obstacle.what for obstacle in obstacles} == {"fd 50", "fd 2"}
+    assert all(obstacle.kind == "unreachable file" for obstacle in obstacles)
+
+
+def test_a_file_on_a_mount_that_only_the_process_sees(tmp_path: Path) -> None:
+    code = """
+    libc = ctypes.CDLL(None, use_errno=True)
+    os.mkdir("private")
+    assert libc.unshare(0x20000) == 0
+    assert libc.mount(None, b"/", None, (1 << 18) | 16384, None) == 0
+    assert libc.mount(b"none", b"private", b"tmpfs", 0, None) == 0
+    open("private/hidden", "w").close()
+    os.dup2(os.open("private/hidden", os.O_RDONLY), 50)
+    ready()
+    """
+    with live_child(tmp_path, code) as child:
+        assert child.check() == []
+        assert body_of(child.dump(), 50).path == str(tmp_path / "private" / "hidden")

@@ -16,7 +16,14 @@ from agent.errors import RefusedError
 from agent.state.files import FileRestorer, preflight_files
 from agent.types import Pid
 from protocol.state.inetsk import InetState
-from tests.kernel.files_support import Again, Options, body_of, live_child, restore_context, restored
+from tests.kernel.files_support import (
+    Again,
+    Options,
+    body_of,
+    live_child,
+    restore_context,
+    restored,
+)
 
 
 def sock(again: Again, number: int) -> socket.socket:
@@ -238,7 +245,9 @@ def test_unix_obstacles(tmp_path: Path) -> None:
     l = socket.socket(socket.AF_UNIX); l.bind(os.getcwd() + "/l"); l.listen()
     p = socket.socket(socket.AF_UNIX); p.connect("l")
     a, b = socket.socketpair()
-    a.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0]))])
+    closed = open("closed", "w")
+    a.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [closed.fileno()]))])
+    closed.close()
     for n, s in enumerate((out, l, p, a, b)): os.dup2(s.fileno(), 50 + n); s.close()
     ready()
     """
@@ -258,6 +267,37 @@ def test_unix_obstacles(tmp_path: Path) -> None:
             assert "in flight" in refused["fd 54"]
     finally:
         ours.close()
+
+
+def test_descriptors_in_flight_that_the_process_has_open(tmp_path: Path) -> None:
+    code = """
+    def keep(s, number):
+        os.dup2(s.fileno(), number); s.close()
+    def rights(*fds): return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+    r, w = os.pipe(); os.write(w, b"inside"); os.dup2(r, 40); os.dup2(w, 41)
+    a, b = socket.socketpair()
+    a.send(b"before"); a.sendmsg([b"!"], rights(r, w)); a.send(b"after")
+    c, d = socket.socketpair(type=socket.SOCK_SEQPACKET); c.sendmsg([b"x"], rights(a.fileno()))
+    for number, s in enumerate((a, b, c, d), 50): keep(s, number)
+    ready()
+    """
+    with live_child(tmp_path, code) as child:
+        assert child.check() == []
+        state = child.dump()
+        assert child.dump() == state
+    with restored(state) as again:
+        b, d = sock(again, 51), sock(again, 53)
+        data, (reader, writer), _, _ = socket.recv_fds(b, 100, 5)
+        assert data == b"before!" and b.recv(100) == b"after"
+        os.write(writer, b" and new")
+        assert os.read(reader, 100) == b"inside and new"
+        _, (passed,), _, _ = socket.recv_fds(d, 100, 5)
+        os.write(passed, b"through")
+        assert b.recv(100) == b"through"
+        for fd in (reader, writer, passed):
+            os.close(fd)
+        b.close()
+        d.close()
 
 
 def test_a_log_socket_is_connected_again_by_name(tmp_path: Path) -> None:

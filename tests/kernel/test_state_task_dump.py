@@ -36,6 +36,7 @@ from agent.kernel.siginfo import signals_of, sigset
 from agent.kernel.syscalls import (
     NR_gettid,
     NR_ioprio_set,
+    NR_pause,
     NR_rseq,
     NR_rt_tgsigqueueinfo,
     NR_setfsuid,
@@ -45,13 +46,12 @@ from agent.kernel.syscalls import (
 )
 from agent.procfs.process import list_tids
 from agent.procfs.stat import read_stat
-from agent.procfs.syscall import read_syscall
 from agent.state.context import DumpContext
 from agent.state.task import TaskDump, TaskRestore, TaskState, check_task_restore
 from agent.target.inject import Batch, Injector
 from agent.target.tracer import Tracer
 from agent.types import Pid
-from tests.kernel.support import Puppet, puppet, skip_unless_root, wait_for
+from tests.kernel.support import Puppet, blocked_in, puppet, skip_unless_root, wait_for
 
 WORKER_MASK = sigset([signal.SIGUSR1, signal.SIGUSR2, 40, signal.SIGTERM, signal.SIGALRM])
 _kept: list[object] = []
@@ -357,11 +357,14 @@ def test_ids_are_those_the_process_itself_sees() -> None:
     skip_unless_root()
     with rich_child() as child:
         inner = child.run(fork_rich_init)
-        wait_for(lambda: len(list_tids(inner)) == 3, "the threads")
-        wait_for(lambda: read_syscall(inner, inner) is not None, "the init to pause")
-        with Tracer(inner) as tracer:
-            tracer.stop_all()
-            state = dump(tracer)
+        try:
+            wait_for(lambda: len(list_tids(inner)) == 3, "the threads")
+            wait_for(lambda: blocked_in(inner) == NR_pause, "the init to pause")
+            with Tracer(inner) as tracer:
+                tracer.stop_all()
+                state = dump(tracer)
+        finally:
+            os.kill(inner, signal.SIGKILL)
         assert [thread.tid for thread in state.threads] == [1, 2, 3]
         assert state.process.pid == 1
         assert [timer.thread_id for timer in state.timers.posix_timers] == [0, 2, 3]
@@ -390,16 +393,25 @@ def test_stopped_process_is_dumped_as_stopped() -> None:
         assert child.run(os.getpid) == child.pid
 
 
+def block_alarm() -> None:
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, 0)  # pytest-timeout may have set it
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+
+
+def wait_for_alarm() -> None:
+    signal.sigwait([signal.SIGALRM])
+
+
 def test_timer_keeps_running_while_it_is_dumped() -> None:
     with puppet() as child:
-        child.run(signal.signal, signal.SIGALRM, signal.SIG_DFL)
-        child.run(signal.pthread_sigmask, signal.SIG_BLOCK, [signal.SIGALRM])
+        child.run(block_alarm)
         for _ in range(20):
             child.run(signal.setitimer, signal.ITIMER_REAL, 0.0015)
             with Tracer(child.pid) as tracer:
                 tracer.stop_all()
                 state = dump(tracer)
-            fired = any(int.from_bytes(i[:4], "little") == signal.SIGALRM for i in state.signals.pending)
+            fired = signal.SIGALRM in [int.from_bytes(i[:4], "little") for i in state.signals.pending]
             armed = any(timer.remaining_ns for timer in state.timers.interval_timers)
             assert fired != armed, "the alarm must be carried exactly once"
-            child.run(signal.sigwait, [signal.SIGALRM])
+            child.run(wait_for_alarm)

@@ -132,7 +132,10 @@ def test_death_of_the_target_is_told() -> None:
 
 
 def test_exec_of_the_target_is_told() -> None:
-    program = "import os, sys; print('up', flush=True); input(); os.execv(sys.executable, [sys.executable, '-c', 'input()'])"
+    program = (
+        "import os, sys; print('up', flush=True); input();"
+        "os.execv(sys.executable, [sys.executable, '-c', 'input()'])"
+    )
     child = subprocess.Popen(
         [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )

@@ -109,7 +109,8 @@ def test_external_descriptor_is_replaced_by_an_inherited_one(
         receiver = destination.popen(
             [*AGENT_RECV, "--once", f"--state-dir={state}", *inherit, address], pass_fds=[stream.fileno()]
         )
-    wait_until(lambda: destination.listens_on_unix(tmp_path / "inherit.sock"), "agent-recv to listen")
+    path = tmp_path / "inherit.sock"
+    wait_until(lambda: destination.listens_on_unix(path) or not receiver.alive, "agent-recv to listen")
     agent_send(source, tmp_path, "--external", "fd[1]", workload.pid, address, check=COMPLETED)
     receiver.communicate()
     workload.assert_healthy(destination)

@@ -46,6 +46,11 @@ OBSTACLES = {
         "inotify",
     ),
     "pidfd": ("p = os.pidfd_open(os.getpid())", "pidfd"),
+    "descriptor in flight": (
+        "import array; a, b = socket.socketpair(); r = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array('i', [0]))]; "
+        "a.sendmsg([b'!'], r)",
+        "flight",
+    ),
     "netlink": ("n = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)", "netlink"),
 }
 

@@ -340,11 +340,13 @@ def inet_listeners(directory: Path) -> Check:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 77)
         listener.bind((host, 0))
         listener.listen(7)
+        listener.settimeout(2)
         listeners.append((listener, listener.getsockname()))
     udp = socket.socket(type=socket.SOCK_DGRAM)
     udp.bind(("127.0.0.1", 0))
     udp.connect(udp.getsockname())
     udp.send(b"datagram")
+    udp.settimeout(2)
     idle = socket.socket()
 
     def check() -> None:
@@ -353,6 +355,7 @@ def inet_listeners(directory: Path) -> Check:
             assert listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 77
             assert listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
             with socket.socket(listener.family) as client:
+                client.settimeout(2)
                 # Reset at the end: no TIME_WAIT that could be in the way of a bind.
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 client.connect(address[:2])

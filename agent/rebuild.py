@@ -30,6 +30,7 @@ from agent.pages.digest import digest_process
 from agent.pages.place import PagePlacer
 from agent.preflight import only
 from agent.procfs.maps import parse_maps, read_maps
+from agent.procfs.process import read_timens_offsets
 from agent.ranges import RangeSet
 from agent.skeleton import CODE_BYTES, FIRST_FREE_FD, Skeleton, create_skeleton
 from agent.spaces import PROCESS_SPACE
@@ -60,6 +61,9 @@ SAME_CLOCK_NS = 100_000_000
 """Clocks of one boot that are closer than this are the same clock, read at two moments."""
 
 
+_CLOCKS = {"monotonic": time.CLOCK_MONOTONIC, "boottime": time.CLOCK_BOOTTIME}
+
+
 class Rebuild:
     """One process being rebuilt; ``pid`` is as the agent sees it, ``ns_pid`` as the process itself does."""
 
@@ -77,6 +81,7 @@ class Rebuild:
         self._object_fds: dict[int, int] = {}
         self._skeleton: Skeleton | None = None
         self._released = False
+        self._clock_ahead_ns = 0
         self._open_files: dict[BackingFile, int] = {}
 
     @property
@@ -119,14 +124,26 @@ class Rebuild:
         self.follow_layout(replace(layout, vmas=known))
 
     def _clock_offsets(self, plan: PlanState) -> tuple[int, int] | None:
-        """What to add to this host's clocks so that the process's own go on."""
-        monotonic = plan.monotonic_ns - time.clock_gettime_ns(time.CLOCK_MONOTONIC)
-        boottime = plan.boottime_ns - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        """The offsets of a time namespace in which the process's own clocks go on; None: not needed.
+
+        They must never go back. What was read when the plan was sent is brought up to now: by nothing for a
+        live peer (its message travelled for less time than the freeze will last), by the wall clock for an
+        image.
+        """
+        now = {name: time.clock_gettime_ns(clock) for name, clock in _CLOCKS.items()}
+        passed = max(0, time.time_ns() - plan.realtime_ns) if self.recorded else 0
+        ahead = {
+            "monotonic": plan.monotonic_ns + passed - now["monotonic"],
+            "boottime": plan.boottime_ns + passed - now["boottime"],
+        }
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             same_boot = file.read().strip() == self.hello.host.boot_id
-        if same_boot and (self.recorded or max(abs(monotonic), abs(boottime)) < SAME_CLOCK_NS):
+        if same_boot and max(map(abs, ahead.values())) < SAME_CLOCK_NS:
             return None
-        return monotonic, boottime
+        self._clock_ahead_ns = ahead["monotonic"]
+        # A time namespace's offsets count from the machine's clocks, not from those of the agent's own one.
+        own = read_timens_offsets(os.getpid())
+        return ahead["monotonic"] + own["monotonic"], ahead["boottime"] + own["boottime"]
 
     def _clear_address_space(self, layout: LayoutState) -> None:
         """Move the kernel's own mappings where the target has them and unmap the rest of the skeleton."""
@@ -308,9 +325,9 @@ class Rebuild:
     def _elapsed_ns(self, restore: TaskRestore) -> int:
         """How long the process has been frozen, on its own clock."""
         if self.recorded:
-            return 0
-        frozen_at = restore.state.process.clock_monotonic_ns - restore.state.process.monotonic_offset_ns
-        return max(0, time.clock_gettime_ns(time.CLOCK_MONOTONIC) - frozen_at)
+            return 0  # Time stands still in an image.
+        now_ns = time.clock_gettime_ns(time.CLOCK_MONOTONIC) + self._clock_ahead_ns
+        return max(0, now_ns - restore.state.process.clock_monotonic_ns)
 
     def _finish_threads(self, restore: TaskRestore) -> None:
         restore.finish_ptrace(self.tracer, self.injector)

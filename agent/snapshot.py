@@ -47,6 +47,7 @@ def _plan(target: Target) -> PlanState:
         highest_fd=max(list_fds(pid), default=-1),
         monotonic_ns=time.clock_gettime_ns(time.CLOCK_MONOTONIC) + shift["monotonic"],
         boottime_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME) + shift["boottime"],
+        realtime_ns=time.clock_gettime_ns(time.CLOCK_REALTIME),
         limits=LimitsState(
             limits=tuple(
                 ResourceLimit(resource=number, soft=soft, hard=hard)

@@ -59,7 +59,7 @@ def migrate(workload: Workload, source: Host, destination: Host, arguments: list
     received = [*AGENT_RECV, "--once", "--no-progress", f"--state-dir={state / 'destination'}", address]
     receiver = destination.popen(received, stdout=None, stderr=None)
     wait_until(lambda: destination.listens_on_tcp(PORT) or not receiver.alive, "agent-recv to listen")
-    command = ["--verify", *arguments, str(workload.pid), address]
+    command = [*arguments, str(workload.pid), address]
     say(f"source$      agent-send {' '.join(command)}\n")
     sender = source.popen(
         [*AGENT_SEND, "--json", "--progress", f"--state-dir={state / 'source'}", *command], stderr=None
@@ -93,6 +93,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=96, help="memory that the process works on (default: 96)")
     parser.add_argument("--seconds", type=float, default=3, help="how long to watch it before and after (default: 3)")
     parser.add_argument("--slow", action="store_true", help="limit the link to 40 MB/s, to see more rounds")
+    parser.add_argument("--verify", action="store_true", help="compare digests of all memory; lengthens the downtime")
     options = parser.parse_args()
     if os.geteuid() != 0:
         raise SystemExit("tools/demo makes namespaces and moves processes: run it as root")
@@ -107,6 +108,7 @@ def main() -> None:
         watch(workload, options.seconds)
         say("\nIt is moved while it runs:\n")
         arguments = ["--bandwidth-limit=40M", "--compress=none"] if options.slow else []
+        arguments += ["--verify"] if options.verify else []
         show(migrate(workload, source, destination, arguments))
 
         say("\nAnd it goes on, on the destination:\n")

@@ -48,6 +48,7 @@ def create_uffd(injector: Injector, pidfd: int, thread: TracedThread) -> int:
 
     batch = Batch()
     created = batch.call(NR_userfaultfd, CREATE_FLAGS, name="userfaultfd")
+    batch.undo(NR_close, created)
     injector.run(batch, thread)
     target_fd = created.value
     try:

@@ -24,6 +24,7 @@ class PlanState:
     highest_fd: int
     monotonic_ns: int
     boottime_ns: int
+    realtime_ns: int
     limits: LimitsState
 
     def __post_init__(self) -> None:

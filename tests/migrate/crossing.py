@@ -75,7 +75,8 @@ class Workload:
         note = self.wait_for_notes(count, host)
         assert note.get("pid", self.pid) == self.pid
         assert host.outer_pid(self.pid), f"no process {self.pid} on {host.name}"
-        assert self.errors() == [], self.printed()
+        errors = self.errors()
+        assert not errors, f"{len(errors)} failed self-checks: {errors[:3]} {self.printed()}"
         return note
 
 

@@ -25,11 +25,7 @@ def start_zoo(source: Host, directory: Path, kinds: str) -> tuple[Workload, Path
     return workload, zoo / "still"
 
 
-# Refused: tests/migrate/test_refusals.py.
-REFUSED_KINDS = {"passed"}
-
-
-@pytest.mark.parametrize("kind", sorted(EXHIBITS.keys() - REFUSED_KINDS))
+@pytest.mark.parametrize("kind", sorted(EXHIBITS))
 def test_descriptor_kind_is_carried(
     source: Host, destination: Host, tmp_path: Path, kind: str
 ) -> None:
@@ -40,7 +36,7 @@ def test_descriptor_kind_is_carried(
 
 
 def test_whole_zoo_is_carried_there_and_back(source: Host, destination: Host, tmp_path: Path) -> None:
-    kinds = ",".join(kind for kind in EXHIBITS if kind not in REFUSED_KINDS)
+    kinds = ",".join(EXHIBITS)
     workload, still = start_zoo(source, tmp_path, kinds)
     migrate(workload, destination, tmp_path, send=["--verify"])
     workload.assert_healthy(destination, count=3)

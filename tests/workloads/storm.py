@@ -59,6 +59,7 @@ class Storm:
         self.calm = calm
         self.regions: list[Region] = []
         self.nr_operations = 0
+        self.nr_seams = 0
         self._tag = index << 48
 
     def step(self) -> None:
@@ -174,8 +175,6 @@ class Storm:
         self._remap(region, pages, must_move=False)
 
     def _remap(self, region: Region, pages: int, *, must_move: bool) -> None:
-        # A region is uniform in the model, yet may be several kernel VMAs (MADV_DONTNEED does not split, a cut shared
-        # object or a merge with a neighbour never splits a part): mremap over several VMAs fails with EFAULT.
         flags = _MREMAP_MAYMOVE
         arguments = [region.start, region.nbytes, pages * _PAGE, flags]
         if must_move:
@@ -186,8 +185,14 @@ class Storm:
                 return
             arguments[3] |= 2  # MREMAP_FIXED
             arguments.append(hole)
-        start = self.call(libc.NR_mremap, *arguments)
-        if start is None:
+        start = libc.syscall(libc.NR_mremap, *arguments)
+        if start == -errno.EFAULT:
+            # A tracked and a new mapping side by side do not merge into one VMA: a known cost of tracking (README.md,
+            # Limitations), counted and not hidden.
+            self.nr_seams += 1
+            return
+        if -4096 < start < 0:
+            self.status.error(f"mremap {[hex(word) for word in arguments]} gave {libc.name_of(start)}")
             return
         kept = region.tags[:pages]
         region.start, region.tags = start, kept + [0] * (pages - len(kept))
@@ -242,7 +247,8 @@ def main() -> None:
     while True:
         if not all(thread.is_alive() for thread in threads):
             status.error("a storm thread ended")
-        status.note(operations=[storm.nr_operations for storm in storms])
+        seams = sum(storm.nr_seams for storm in storms)
+        status.note(operations=[storm.nr_operations for storm in storms], seams=seams)
         time.sleep(0.05)
 
 

@@ -136,4 +136,3 @@ def find_obstacles(target: Target) -> list[Obstacle]:
             hint="run agent-send as root, or with CAP_SYS_PTRACE and CAP_CHECKPOINT_RESTORE",
         ) from err
     return found
-

@@ -9,13 +9,12 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
-from agent.errors import TransferError
+from agent.errors import RestoreError, TransferError
 from agent.options import RecvOptions
 from agent.state.files import preflight_files
 from agent.state.limits import check_limits_restore
 from agent.state.mm import open_exe
 from agent.state.vma import preflight_layout
-from agent.errors import RestoreError
 from agent.types import Obstacle
 from protocol.state.files import FilesState
 from protocol.state.mm import MmState

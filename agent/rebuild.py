@@ -32,7 +32,7 @@ from agent.preflight import only
 from agent.procfs.maps import parse_maps, read_maps
 from agent.procfs.process import read_timens_offsets
 from agent.ranges import RangeSet
-from agent.skeleton import CODE_BYTES, FIRST_FREE_FD, Skeleton, create_skeleton
+from agent.skeleton import FIRST_FREE_FD, Skeleton, create_skeleton
 from agent.spaces import PROCESS_SPACE
 from agent.state.context import RestoreContext
 from agent.state.files import FileRestorer

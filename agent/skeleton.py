@@ -49,8 +49,8 @@ CODE_BYTES = 4096
 # pause() for ever; the agent finds its first `syscall` instruction here.
 _PAUSE_CODE = bytes.fromhex(
     "b822000000"  # 1: mov eax, 34 (pause)
-    "0f05"  #       syscall
-    "ebf7"  #       jmp 1b
+    "0f05"  # syscall
+    "ebf7"  # jmp 1b
 )
 
 FIRST_FREE_FD = 500
@@ -61,28 +61,28 @@ INIT_PIDFD = FIRST_FREE_FD
 _INIT_CODE = bytes.fromhex(
     # reap: wait4(-1, 0, WNOHANG, 0) until nothing is left
     "48c7c7ffffffff"  # 0: mov rdi, -1
-    "31f6"  #          xor esi, esi
-    "ba01000000"  #    mov edx, 1 (WNOHANG)
-    "4531d2"  #        xor r10d, r10d
-    "b83d000000"  #    mov eax, 61 (wait4)
-    "0f05"  #          syscall
-    "85c0"  #          test eax, eax
-    "7fe4"  #          jg 0b
+    "31f6"  # xor esi, esi
+    "ba01000000"  # mov edx, 1 (WNOHANG)
+    "4531d2"  # xor r10d, r10d
+    "b83d000000"  # mov eax, 61 (wait4)
+    "0f05"  # syscall
+    "85c0"  # test eax, eax
+    "7fe4"  # jg 0b
     # poll({pidfd, POLLIN}, 1, 500 ms)
     "48b8f401000001000000"  # movabs rax, 0x00000001000001f4: fd 500, events POLLIN
-    "50"  #            push rax
-    "4889e7"  #        mov rdi, rsp
-    "be01000000"  #    mov esi, 1
-    "baf4010000"  #    mov edx, 500
-    "b807000000"  #    mov eax, 7 (poll)
-    "0f05"  #          syscall
-    "59"  #            pop rcx
-    "83f801"  #        cmp eax, 1
-    "75bf"  #          jne 0b
+    "50"  # push rax
+    "4889e7"  # mov rdi, rsp
+    "be01000000"  # mov esi, 1
+    "baf4010000"  # mov edx, 500
+    "b807000000"  # mov eax, 7 (poll)
+    "0f05"  # syscall
+    "59"  # pop rcx
+    "83f801"  # cmp eax, 1
+    "75bf"  # jne 0b
     # the restored process is gone: exit_group(0), and the kernel ends the namespace
-    "31ff"  #          xor edi, edi
-    "b8e7000000"  #    mov eax, 231
-    "0f05"  #          syscall
+    "31ff"  # xor edi, edi
+    "b8e7000000"  # mov eax, 231
+    "0f05"  # syscall
 )
 
 _ELF_HEADER = struct.Struct("<16sHHIQQQIHHHHHH")

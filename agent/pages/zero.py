@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from ctypes import c_char, addressof, c_int, c_size_t, c_void_p
+from ctypes import addressof, c_char, c_int, c_size_t, c_void_p
 
 from agent.kernel.libc import libc
 from agent.types import PAGE_SIZE

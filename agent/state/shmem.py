@@ -15,8 +15,8 @@ import os
 from ctypes import addressof, c_char
 
 from agent.errors import DumpError, RestoreError
-from agent.procfs.maps import MapsEntry
 from agent.pages.extents import shared_extents
+from agent.procfs.maps import MapsEntry
 from agent.ranges import RangeSet
 from agent.tracker.base import SharedKey
 from agent.tracker.layout import internal_tmpfs_device

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from agent.tracker.layout import classify
 from agent.tracker.create import adopt_uffd
+from agent.tracker.layout import classify
 from agent.tracker.scan import ScanTracker
 from tests.tracker.replica import Replica
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from agent.check import Target
 from agent.errors import DumpError, RefusedError
 from agent.link import Link
 from agent.pages.sender import PageCounters, PageSender
+from agent.procfs.maps import MapsEntry, parse_maps, read_maps
 from agent.ranges import RangeSet
 from agent.report import RoundReport
 from agent.spaces import PROCESS_SPACE
@@ -45,12 +46,25 @@ class RoundSender:
         self._maps_text = b""
         self._flags: Mapping[int, frozenset[str]] = {}
         self._flags_text = b""
+        self._flagged: set[tuple[int, str, str]] = set()
 
-    def learn_flags(self, maps_text: bytes) -> None:
-        """Read the VmFlags that belong to a layout. Walks page tables: done while the target runs."""
-        if maps_text != self._flags_text:
-            self._flags = self._target.vm_flags()
-            self._flags_text = maps_text
+    def learn_flags(self) -> None:
+        """Read the VmFlags of all mappings. Walks page tables, tens of ms per GiB: while the target runs."""
+        text = read_maps(self._target.pid)
+        if text != self._flags_text:
+            self._read_flags(parse_maps(text))
+            self._flags_text = text
+
+    def _read_flags(self, entries: Sequence[MapsEntry]) -> None:
+        self._flags = self._target.vm_flags()
+        self._flagged = {(entry.start, entry.perms, entry.path) for entry in entries}
+
+    def _need_flags(self, dirty: DirtySet) -> None:
+        """Make sure that the flags of these mappings are known: one that only grew has what it had."""
+        if dirty.maps_text != self._flags_text and not all(
+            (entry.start, entry.perms, entry.path) in self._flagged for entry in dirty.maps
+        ):
+            self._read_flags(dirty.maps)
 
     def watch_open_objects(self) -> None:
         """Have the tracker watch the shared objects that the target has open, mapped or not."""
@@ -102,7 +116,7 @@ class RoundSender:
     def _send_layout(self, dirty: DirtySet) -> None:
         if dirty.maps_text == self._maps_text:
             return
-        self.learn_flags(dirty.maps_text)
+        self._need_flags(dirty)
         obstacles = self._target.layout.check(dirty.maps, self._flags, watched=True)
         if obstacles:
             raise RefusedError(

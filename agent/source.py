@@ -125,7 +125,7 @@ class _Migration:
 
     def run(self) -> None:
         """Go through all phases."""
-        tracker_name = choose_tracker(self.options.tracker, kernel_features())
+        _log.info("Tracker: %s", choose_tracker(self.options.tracker, kernel_features()))
         with self._phase("connect"):
             channel = net.connect(
                 self.address,
@@ -274,6 +274,7 @@ class _Migration:
         gc.disable()
         try:
             for _attempt in range(FREEZE_ATTEMPTS):
+                rounds.learn_flags()
                 with Tracer(self.target.pid) as tracer:
                     frozen_ns = time.monotonic_ns()
                     with self._phase("freeze", frozen=True):

@@ -22,6 +22,8 @@ STATUS_DIFFERS = frozenset(
     (
         # Who watches or made it.
         "TracerPid", "PPid", "NSpgid", "NSsid", "Ngid",
+        # A descriptor table never shrinks, and the one of the restore had to hold a high number.
+        "FDSize",
         # Depends on the moment.
         "State", "voluntary_ctxt_switches", "nonvoluntary_ctxt_switches", "SigQ",
         # How much of the memory is in place by now, and page tables for it.

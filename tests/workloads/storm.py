@@ -190,6 +190,7 @@ class Storm:
             # A tracked and a new mapping side by side do not merge into one VMA: a known cost of tracking (README.md,
             # Limitations), counted and not hidden.
             self.nr_seams += 1
+            self.status.note(seam=[region.start, region.nbytes], around=_mappings_around(region))
             return
         if -4096 < start < 0:
             self.status.error(f"mremap {[hex(word) for word in arguments]} gave {libc.name_of(start)}")
@@ -217,6 +218,23 @@ class Storm:
         self.regions.remove(region)
         self.regions.extend(piece for _, piece in pieces)
         return next(piece for begin, piece in pieces if begin == first)
+
+
+def _mappings_around(region: Region) -> list[str]:
+    # What the kernel has there, with one neighbour on either side: to tell whose seam it is.
+    with open("/proc/self/smaps", encoding="ascii", errors="replace") as file:
+        text = file.read()
+    found: list[tuple[int, int, str]] = []
+    for line in text.splitlines():
+        word = line.partition(" ")[0]
+        if line.startswith("VmFlags:") and found:
+            start, end, head = found[-1]
+            found[-1] = start, end, f"{head} {line[8:].strip()}"
+        elif not word.endswith(":"):
+            start, end = (int(part, 16) for part in word.split("-"))
+            found.append((start, end, " ".join(line.split())))
+    last = region.start + region.nbytes
+    return [head for start, end, head in found if start <= last and region.start <= end]
 
 
 def run(storm: Storm, pause_s: float) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import mmap
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -105,6 +110,115 @@ def test_held_process_stays_stopped_when_the_agent_dies() -> None:
         os.waitpid(agent, 0)
         wait_for(lambda: state_of(child.pid) == "T", "the hold takes over")
         release_hold(child.pid)
+        assert child.communicate(b"\n")[0] == b"done\n"
+
+
+def test_held_threads_run_no_instruction_when_the_agent_dies() -> None:
+    # Four threads count in shared memory as fast as they can.
+    with spinning(4) as (child, counters):
+        for _ in range(20):
+            reader, writer = os.pipe()
+            agent = os.fork()
+            if agent == 0:
+                tracer = Tracer(child)
+                tracer.stop_all()
+                tracer.hold()
+                os.write(writer, counters[:])
+                os.kill(os.getpid(), signal.SIGKILL)
+            os.waitpid(agent, 0)
+            at_hold = os.read(reader, 4096)
+            os.close(reader)
+            os.close(writer)
+            wait_for(lambda: state_of(child) == "T", "the hold takes over")
+            assert counters[:] == at_hold
+            release_hold(child)
+            before = counters[:]
+            wait_for(lambda: counters[:] != before, "the threads count again")
+
+
+@contextlib.contextmanager
+def spinning(nr_threads: int) -> Iterator[tuple[int, mmap.mmap]]:
+    """A process whose threads count, in a shared mapping, how often they came round."""
+    counters = mmap.mmap(-1, 4096)
+    child = os.fork()
+    if child == 0:
+
+        # inc qword [rdi]; jmp back: ctypes lets go of the GIL, so that all of them run.
+        code = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+        code.write(b"\x48\xff\x07\xeb\xfb")
+        spin = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(
+            ctypes.addressof(ctypes.c_char.from_buffer(code))
+        )
+        base = ctypes.addressof(ctypes.c_char.from_buffer(counters))
+        for index in range(1, nr_threads):
+            threading.Thread(target=spin, args=(base + 64 * index,)).start()
+        spin(base)
+    try:
+        yield child, counters
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("block", [False, True])
+def test_hold_that_outlived_its_agent_ends_without_a_trace(block: bool) -> None:
+    program = (
+        "import os, signal, sys, time\n"
+        "signal.signal(signal.SIGCONT, lambda *a: os.write(1, b'handler'))\n"
+        "signal.signal(signal.SIGUSR1, lambda *a: None)\n"
+        f"if {block}: signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCONT])\n"
+        "os.write(1, b'up')\n"
+        "end = time.monotonic() + 0.6\n"
+        "time.sleep(0.6)\n"
+        "assert time.monotonic() >= end\n"
+        "assert not signal.sigpending(), signal.sigpending()\n"
+        "os.write(1, b' down')\n"
+    )
+    child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    assert os.read(child.stdout.fileno(), 2) == b"up"
+    agent = os.fork()
+    if agent == 0:
+        tracer = Tracer(child.pid)
+        tracer.stop_all()
+        tracer.hold()
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(agent, 0)
+    wait_for(lambda: state_of(child.pid) == "T", "the hold takes over")
+    release_hold(child.pid)
+    assert state_of(child.pid) in "SR"
+    assert child.communicate()[0] == b" down"
+    assert child.returncode == 0
+
+
+def test_hold_keeps_a_pending_sigcont() -> None:
+    program = (
+        "import signal\n"
+        "signal.signal(signal.SIGCONT, lambda *a: None)\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCONT])\n"
+        "print('up', flush=True); input()\n"
+        "print(signal.sigtimedwait([signal.SIGCONT], 5).si_signo == signal.SIGCONT)\n"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == b"up\n"
+    os.kill(child.pid, signal.SIGCONT)
+    with Tracer(child.pid) as tracer:
+        tracer.stop_all()
+        tracer.hold()
+        tracer.unhold()
+    assert child.communicate(b"\n")[0] == b"True\n"
+
+
+def test_hold_that_somebody_ended_is_no_obstacle() -> None:
+    with running(THREADED) as child:
+        with Tracer(child.pid) as tracer:
+            tracer.stop_all()
+            tracer.hold()
+            os.kill(child.pid, signal.SIGCONT)
+            tracer.unhold()
         assert child.communicate(b"\n")[0] == b"done\n"
 
 

@@ -17,6 +17,7 @@ import os
 import select
 import socket
 import stat
+import struct
 import time
 from collections.abc import Sequence
 from types import TracebackType
@@ -109,6 +110,7 @@ class Channel:
         The buffers may be reused as soon as this returns.
 
         :raises PeerGone: the connection is broken; what the peer sent before may still be readable.
+        :raises PeerSilent: a socket took nothing for ``self.timeout_s``.
         """
         total = sum([memoryview(buffer).nbytes for buffer in buffers])
         try:
@@ -273,9 +275,25 @@ class SocketChannel(Channel):
         sock.setblocking(True)
         super().__init__(sock.fileno(), sock.fileno(), peer)
         self.socket = sock
+        self._send_limit_s: float | None = None
 
     def _write(self, buffers: Sequence[ReadableBuffer]) -> int:
-        return self.socket.sendmsg(buffers)
+        if self._send_limit_s != self.timeout_s:
+            self._limit_sending()
+        try:
+            return self.socket.sendmsg(buffers)
+        except BlockingIOError as err:
+            # Nothing at all could be sent for that long, while the target may be waiting frozen.
+            raise PeerSilent(
+                f"{self.peer} took nothing for {self.timeout_s:g} s in {self.phase}"
+            ) from err
+
+    def _limit_sending(self) -> None:
+        limit_s = self._send_limit_s = self.timeout_s
+        seconds, rest = divmod(limit_s or 0.0, 1)
+        # struct timeval; zero is no limit.
+        value = struct.pack("qq", int(seconds), max(int(rest * 1e6), 1 if limit_s else 0))
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
 
     def _read_into(self, view: memoryview) -> int:
         return self.socket.recv_into(view)

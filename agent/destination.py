@@ -9,11 +9,12 @@ given up: it is held so that not even this agent's death ends it.
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
+import os
+import signal
 from collections.abc import Iterator
 
-from agent import interrupts
+from agent import interrupts, reaper
 from agent.channel import Channel
 from agent.errors import (
     MigrationError,
@@ -28,10 +29,11 @@ from agent.preflight import find_restore_obstacles
 from agent.rebuild import Rebuild
 from agent.report import CompletedReport, PhaseClock, Reporter
 from agent.serve import serve
-from agent.session_store import ABORTED, COMMITTED, SessionStore
+from agent.session_store import COMMITTED, DecisionRecord, SessionStore
 from agent.target.tracer import release_hold
-from agent.types import Obstacle, Pid
+from agent.types import Obstacle
 from agent.version import SOFTWARE
+from agent.warmup import urgent, warm_up
 from protocol.errors import ProtocolError
 from protocol.messages import (
     Abort,
@@ -48,6 +50,7 @@ from protocol.messages import (
     Resumed,
     RoundBegin,
     RoundEnd,
+    RoundPlaced,
     StateEnd,
     StateSection,
     Switchover,
@@ -66,6 +69,7 @@ def receive(options: RecvOptions, reporter: Reporter) -> int:
     :raises MigrationError: nothing can be received at the address, or the only migration failed.
     """
     load_all()
+    reaper.install()
     return serve(options, reporter, lambda channel: _handle(channel, options, reporter))
 
 
@@ -91,13 +95,34 @@ def _handle(channel: Channel, options: RecvOptions, reporter: Reporter) -> int |
 
 def _answer_resolve(link: Link, store: SessionStore, message: Resolve) -> None:
     """Tell how a session ended; one without a decision is aborted by being asked for."""
-    record = store.record_decision(message.session, ABORTED)
-    if record.decision == COMMITTED:
-        # An agent that died between its decision and the release left the copy held.
-        with contextlib.suppress(MigrationError, OSError):
-            release_hold(Pid(record.pid))
-    link.send(Resolution(session=message.session, decision=Decision(record.decision)))
+    record = _settle(store, message.session)
+    decision = Decision.UNKNOWN if record is None else Decision(record.decision)
+    _log.info("Session %s was asked for: %s", message.session, decision.value)
+    link.send(Resolution(session=message.session, decision=decision))
     link.channel.close_gracefully()
+
+
+def _settle(store: SessionStore, session: str) -> DecisionRecord | None:
+    """Decide a session and have its copy follow the decision; None: it is not known here.
+
+    An agent that died within the commit left the copy stopped and the rest to do.
+    """
+    prepared = store.lookup_prepared(session)
+    record = store.lookup(session) or (prepared and store.abort(session))
+    if record is None:
+        return None
+    if record.decision == COMMITTED:
+        if record.still_exists():
+            try:
+                release_hold(record.pid)
+            except MigrationError as err:
+                _log.warning("Cannot let process %d go: %s", record.pid, err)
+    elif prepared is not None and prepared.still_exists():
+        # Its agent, should it still live, finds the decision when it is about to commit.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(prepared.pid, signal.SIGKILL)
+    store.forget_prepared(session)
+    return record
 
 
 class _Migration:
@@ -120,6 +145,8 @@ class _Migration:
         self.phase = "handshake"
         self.sections: dict[str, list[object]] = {}
         self.rebuild: Rebuild | None = None
+        self.prepared = False
+        """Whether the session store knows of this session."""
 
     def run(self) -> int:
         """Go through all phases; return the exit status."""
@@ -132,20 +159,22 @@ class _Migration:
         rebuild = self.rebuild
         with self._phase("rounds"):
             self._receive_rounds(rebuild)
-        gc.disable()
-        try:
-            with self.reporter.deferred():
-                with self._phase("restore"):
-                    end = self._receive_final(rebuild)
-                    digest = self._restore(rebuild, end)
-                if not self.link.recorded:
-                    self.link.send(Restored(digest=digest))
-                with self._phase("commit"), interrupts.shielded(raise_after=False):
+        with urgent(), self.reporter.deferred():
+            with self._phase("restore"):
+                end = self._receive_final(rebuild)
+                digest = self._restore(rebuild, end)
+            if not self.link.recorded:
+                self.link.send(Restored(digest=digest))
+            with self._phase("commit"):
+                # May be interrupted for as long as there is nothing to read.
+                self.link.channel.poll_readable(self.options.io_timeout_s)
+                with interrupts.shielded(raise_after=False):
                     self._commit(rebuild)
-        finally:
-            gc.enable()
         self._complete(rebuild, verified=True if end.digest else None)
-        return rebuild.wait_exit() if self.options.wait else 0
+        if self.options.wait:
+            return rebuild.wait_exit()
+        reaper.adopt(rebuild.pid)
+        return 0
 
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -158,14 +187,19 @@ class _Migration:
         """End what was built, tell the source, record that this session came to nothing."""
         if self.link.state in (SessionState.COMMITTED, SessionState.COMPLETED):
             return
-        if self.rebuild is not None:
-            self.rebuild.abandon()
+        self._abandon()
         obstacles = error.obstacles if isinstance(error, RefusedError) else ()
-        with contextlib.suppress(MigrationError):
-            if not self.link.recorded:
-                self.store.record_decision(self.hello.session, ABORTED)
         self.link.abort(self.phase, str(error) or type(error).__name__, obstacles)
         self.reporter.failed(error, phase=self.phase, session=self.hello.session)
+
+    def _abandon(self) -> None:
+        if self.rebuild is not None:
+            self.rebuild.abandon()
+        if self.prepared:
+            # Should the source come to ask, it hears that this was a failure and not that nobody knows.
+            with contextlib.suppress(MigrationError):
+                self.store.abort(self.hello.session)
+            self.store.forget_prepared(self.hello.session)
 
     # -- while the source runs -------------------------------------------------------------------------
 
@@ -192,7 +226,11 @@ class _Migration:
             self._refuse(obstacles)
         self.rebuild.start(self.sections)
         if not self.link.recorded:
+            # Synced to disk now, so that the commit has only to give it its name.
+            self.prepared = True
+            self.store.prepare(self.hello.session, self.rebuild.pid)
             self.link.send(Prepared())
+        warm_up()
 
     def _refuse(self, obstacles: list[Obstacle]) -> None:
         if not self.link.recorded:
@@ -215,6 +253,8 @@ class _Migration:
         self.sections.clear()
         while not isinstance(message := self._next(), Switchover):
             self._take(rebuild, message)
+            if isinstance(message, RoundEnd) and not self.link.recorded:
+                self.link.send(RoundPlaced(round=message.round))
 
     def _take(self, rebuild: Rebuild, message: Message | PageBatch) -> None:
         if isinstance(message, PageBatch):
@@ -235,10 +275,13 @@ class _Migration:
     def _receive_final(self, rebuild: Rebuild) -> StateEnd:
         while not isinstance(message := self._next(), StateEnd):
             self._take(rebuild, message)
+            if isinstance(message, RoundBegin):
+                # Everything but memory is here: what can be made of it is made while that is still on its way.
+                rebuild.begin_task(self.sections)
         return message
 
     def _restore(self, rebuild: Rebuild, end: StateEnd) -> str | None:
-        rebuild.finish_memory(self.sections)
+        rebuild.finish_memory()
         digest = None
         if end.digest is not None:
             digest = rebuild.digest()
@@ -247,32 +290,40 @@ class _Migration:
                     f"Memory of process {rebuild.pid} differs from the source's: digest {digest} "
                     f"instead of {end.digest}"
                 )
-        rebuild.finish_task(self.sections)
+        rebuild.finish_task()
         return digest
 
     def _commit(self, rebuild: Rebuild) -> None:
+        self.link.expect(Commit)
         if self.link.recorded:
-            self.link.expect(Commit)
             rebuild.release()
             return
-        self.link.expect(Commit)
         try:
+            # In this order: a copy that neither dies with the agent nor is held would run undecided, and
+            # one that is committed but dies with the agent would be lost.
             rebuild.hold()
-            record = self.store.record_decision(self.hello.session, COMMITTED, rebuild.pid)
+            record = self.store.commit(self.hello.session)
             if record.decision != COMMITTED:
                 raise TransferError(f"Session {self.hello.session} was resolved as aborted")
         except BaseException:
-            rebuild.abandon()
+            self._abandon()
             raise
+        # The point of no return: from here on the copy is the process.
         released_ns = rebuild.release()
         try:
             self.link.send(Resumed(pid=rebuild.ns_pid, released_monotonic_ns=released_ns))
         except TransferError as err:
             # It runs, and the record says so: the source learns it by --resolve.
             _log.warning("Cannot tell the source that process %d runs: %s", rebuild.pid, err)
+        self.store.forget_prepared(self.hello.session)
 
     def _complete(self, rebuild: Rebuild, *, verified: bool | None) -> None:
-        rebuild.write_pidfile()
+        try:
+            rebuild.write_pidfile()
+        except OSError as err:
+            # It runs; nothing that goes wrong now may look as if it did not.
+            rebuild.notes.append(f"Cannot write {self.options.pidfile!r}: {err.strerror}")
+            _log.warning("%s", rebuild.notes[-1])
         self.reporter.completed(
             CompletedReport(
                 session=self.hello.session,

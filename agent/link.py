@@ -8,7 +8,7 @@ as the agent's own errors.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 from agent.channel import Channel
@@ -17,13 +17,16 @@ from agent.frames import FrameReader, FrameWriter
 from agent.types import Obstacle
 from protocol.codec import Buffer
 from protocol.errors import ProtocolError
-from protocol.framing import FrameType
+from protocol.framing import FrameType, encode_frame
 from protocol.limits import MAX_OBSTACLES
 from protocol.messages import Abort, Message, Prepared, WireObstacle, decode_message, fit_text
 from protocol.pages import PageBatch, PageEncoding, batch_buffers, check_batch, parse_batch
 from protocol.session import Role, Session, SessionState
 
 M = TypeVar("M")
+
+ABORT_LIMIT_S = 2.0
+"""How long to wait for a peer to take our Abort; it also notices that the connection ends."""
 
 
 class Link:
@@ -54,6 +57,16 @@ class Link:
         """
         self._writer.write_frame(FrameType.CONTROL, self.session.send(message))
 
+    def send_all(self, messages: Iterable[Message]) -> None:
+        """Send several control messages at once: the peer wakes up only once.
+
+        :raises TransferError: when the link is broken.
+        """
+        frames = [
+            encode_frame(FrameType.CONTROL, self.session.send(message)) for message in messages
+        ]
+        self.channel.send_buffers([buffer for frame in frames for buffer in frame])
+
     def send_batch(
         self, space_id: int, encoding: PageEncoding, ranges: array[int], payload: Buffer = b""
     ) -> int:
@@ -70,6 +83,8 @@ class Link:
         """Tell the peer that this side gives up, if it can still hear it."""
         if self.recorded or self.state in (SessionState.FAILED, SessionState.COMPLETED):
             return
+        # A peer that does not read is not worth waiting for.
+        self.channel.timeout_s = min(self.channel.timeout_s or ABORT_LIMIT_S, ABORT_LIMIT_S)
         try:
             self.send(Abort(phase=phase, reason=fit_text(reason), obstacles=to_wire(obstacles)))
         except (TransferError, ProtocolError):

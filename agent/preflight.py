@@ -11,9 +11,11 @@ from typing import TypeVar
 
 from agent.errors import RestoreError, TransferError
 from agent.options import RecvOptions
+from agent.state.creds import check_creds_restore
 from agent.state.files import preflight_files
 from agent.state.limits import check_limits_restore
 from agent.state.mm import open_exe
+from agent.state.sched import check_affinity
 from agent.state.vma import preflight_layout
 from agent.types import Obstacle
 from protocol.state.files import FilesState
@@ -42,6 +44,9 @@ def find_restore_obstacles(
     plan = only(sections, "plan", PlanState)
     found = [] if options.new_pidns else _taken_ids(plan)
     found += check_limits_restore(plan.limits)
+    found += check_creds_restore(plan.pid, plan.creds)
+    for tid, affinity in zip(plan.tids, plan.affinities, strict=True):
+        found += check_affinity(tid, affinity)
     found += preflight_files(only(sections, "files", FilesState), options)
     found += preflight_layout(only(sections, "layout", LayoutState))
     try:

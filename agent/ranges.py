@@ -197,6 +197,16 @@ class RangeSet:
         position = bisect_right(pairs, start)
         return start >= end or (position % 2 == 1 and pairs[position] >= end)
 
+    def covers_all(self, other: RangeSet) -> bool:
+        """Say whether every range of `other` is in the set."""
+        return not other.subtract(self)
+
+    def touches(self, start: int, end: int) -> bool:
+        """Say whether any of [start, end) is in the set, by bisection."""
+        pairs = self.pairs
+        position = bisect_right(pairs, start)
+        return start < end and (position % 2 == 1 or (position < len(pairs) and pairs[position] < end))
+
     def copy(self) -> RangeSet:
         return RangeSet._of(self.pairs[:])
 

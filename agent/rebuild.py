@@ -3,8 +3,9 @@
     start            the skeleton, with the vdso where the target has it and nothing else mapped
     follow_layout    mappings as the source has them, again and again
     place            pages as they come
-    finish_memory    dropped pages, advice, locks, brk and what /proc shows
-    finish_task      files, threads, everything else; all threads stand at their final registers
+    begin_task       the source is frozen: what /proc shows, files, new threads; the last pages are on their way
+    finish_memory    dropped pages, advice, locks
+    finish_task      the insides of the threads; all stand at their final registers
     release          they run
 
 Every step may fail, and abandon() then leaves no trace. All ptrace requests come from the thread that made
@@ -20,7 +21,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from agent.errors import RestoreError, TransferError
+from agent.errors import RestoreError, TargetGone, TransferError
 from agent.kernel import ptrace
 from agent.kernel import syscalls as nr
 from agent.kernel.mman import MADV_DONTNEED, MREMAP_FIXED, MREMAP_MAYMOVE
@@ -30,16 +31,24 @@ from agent.pages.digest import digest_process
 from agent.pages.place import PagePlacer
 from agent.preflight import only
 from agent.procfs.maps import parse_maps, read_maps
-from agent.procfs.process import read_timens_offsets
 from agent.ranges import RangeSet
 from agent.skeleton import FIRST_FREE_FD, Skeleton, create_skeleton
 from agent.spaces import PROCESS_SPACE
+from agent.state.clocks import (
+    Clocks,
+    ahead_at_restore,
+    enter_calls,
+    is_own_clock,
+    make_time_namespace,
+    read_clocks,
+)
 from agent.state.context import RestoreContext
 from agent.state.files import FileRestorer
+from agent.state.mirror import LayoutMirror
 from agent.state.mm import open_exe, restore_mm
 from agent.state.shmem import discard_shared, finish_shared, resize_shared, restore_shared
 from agent.state.task import TaskRestore, TaskState
-from agent.state.vma import LayoutMirror, find_gap, special_mappings
+from agent.state.vma import find_gap, special_mappings
 from agent.target.inject import Batch, Injector
 from agent.target.tracer import Tracer
 from agent.types import Pid
@@ -48,6 +57,7 @@ from protocol.pages import PageBatch, PageEncoding
 from protocol.state.files import FilesState
 from protocol.state.mm import MmState
 from protocol.state.plan import PlanState
+from protocol.state.process import ProcessState
 from protocol.state.shmem import SharedObject
 from protocol.state.vma import BackingFile, LayoutState, VmaKind, VmaState
 
@@ -57,11 +67,6 @@ WORK_BYTES = 64 << 20
 """Address space that the restore needs for itself: the skeleton's program, room to move the vdso, scratch."""
 ALL_SIGNALS = (1 << 64) - 1
 """A signal mask that blocks everything that can be blocked."""
-SAME_CLOCK_NS = 100_000_000
-"""Clocks of one boot that are closer than this are the same clock, read at two moments."""
-
-
-_CLOCKS = {"monotonic": time.CLOCK_MONOTONIC, "boottime": time.CLOCK_BOOTTIME}
 
 
 class Rebuild:
@@ -81,8 +86,10 @@ class Rebuild:
         self._object_fds: dict[int, int] = {}
         self._skeleton: Skeleton | None = None
         self._released = False
-        self._clock_ahead_ns = 0
-        self._open_files: dict[BackingFile, int] = {}
+        self._asked_at = read_clocks()
+        self._ahead = Clocks(0, 0)
+        """How far the clocks of the process are ahead of the agent's."""
+        self._open_files: dict[tuple[BackingFile, bool], int] = {}
 
     @property
     def skeleton(self) -> Skeleton:
@@ -105,45 +112,31 @@ class Rebuild:
         plan = only(sections, "plan", PlanState)
         layout = only(sections, "layout", LayoutState)
         self.ns_pid = plan.pid
+        self._ahead = Clocks(plan.monotonic_ns, plan.boottime_ns).minus(self._asked_at)
         self._work = find_gap([layout], WORK_BYTES, above=1 << 32)
         self._skeleton = create_skeleton(
             ns_pid=plan.pid,
             code_address=self._work,
             agent_pidfd=max(FIRST_FREE_FD, plan.highest_fd + 1),
             new_pidns=self.options.new_pidns,
-            clock_offsets=self._clock_offsets(plan),
         )
+        self._cleanup.callback(self._skeleton.close)
         self.tracer = Tracer(self.pid, kill_on_exit=True)
+        self._cleanup.callback(self.tracer.memory.close)
         self.tracer.stop_all()
         self.injector = Injector(self.tracer, crash_safe=False, scratch_hint=self._work + (32 << 20))
-        self._mirror = LayoutMirror(self.skeleton.agent_pidfd, self._backing_fd)
+        self._mirror = LayoutMirror(
+            self.pid,
+            self.skeleton.agent_pidfd,
+            self._backing_fd,
+            self.injector.run,
+            self.tracer.memory.fd,
+        )
         self._placer.add_process_space(PROCESS_SPACE, self.pid)
         self._clear_address_space(layout)
         # Shared objects are described with the first round only.
         known = tuple(vma for vma in layout.vmas if vma.kind is not VmaKind.OBJECT)
         self.follow_layout(replace(layout, vmas=known))
-
-    def _clock_offsets(self, plan: PlanState) -> tuple[int, int] | None:
-        """The offsets of a time namespace in which the process's own clocks go on; None: not needed.
-
-        They must never go back. What was read when the plan was sent is brought up to now: by nothing for a
-        live peer (its message travelled for less time than the freeze will last), by the wall clock for an
-        image.
-        """
-        now = {name: time.clock_gettime_ns(clock) for name, clock in _CLOCKS.items()}
-        passed = max(0, time.time_ns() - plan.realtime_ns) if self.recorded else 0
-        ahead = {
-            "monotonic": plan.monotonic_ns + passed - now["monotonic"],
-            "boottime": plan.boottime_ns + passed - now["boottime"],
-        }
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            same_boot = file.read().strip() == self.hello.host.boot_id
-        if same_boot and max(map(abs, ahead.values())) < SAME_CLOCK_NS:
-            return None
-        self._clock_ahead_ns = ahead["monotonic"]
-        # A time namespace's offsets count from the machine's clocks, not from those of the agent's own one.
-        own = read_timens_offsets(os.getpid())
-        return ahead["monotonic"] + own["monotonic"], ahead["boottime"] + own["boottime"]
 
     def _clear_address_space(self, layout: LayoutState) -> None:
         """Move the kernel's own mappings where the target has them and unmap the rest of the skeleton."""
@@ -174,9 +167,7 @@ class Rebuild:
     def follow_layout(self, layout: LayoutState) -> None:
         """Map what the source has mapped now."""
         self._move_out_of_the_way(layout)
-        batch = Batch()
-        self._mirror.apply(layout, batch)
-        self.injector.run(batch)
+        self._mirror.follow(layout)
         anonymous = RangeSet.of(
             (vma.start, vma.end)
             for vma in layout.vmas
@@ -193,10 +184,11 @@ class Rebuild:
         if vma.kind is VmaKind.OBJECT:
             return self._object_fd(vma.object_id)
         assert backing is not None
-        fd = self._open_files.get(backing)
+        # Shared and writable mappings need a descriptor that may write. One for all mappings of a file, else the
+        # kernel would not merge neighbours.
+        writable = vma.shared and "mw" in vma.flags
+        fd = self._open_files.get((backing, writable))
         if fd is None:
-            # Shared and writable mappings need a descriptor that may write.
-            writable = vma.shared and "mw" in vma.flags
             try:
                 fd = os.open(backing.path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
             except OSError as err:
@@ -204,8 +196,7 @@ class Rebuild:
                     f"Cannot map {backing.path} at {vma.start:#x}: {err.strerror}"
                 ) from err
             self._cleanup.callback(os.close, fd)
-            if not writable:
-                self._open_files[backing] = fd
+            self._open_files[backing, writable] = fd
         return fd
 
     def describe_object(self, state: SharedObject) -> None:
@@ -234,27 +225,20 @@ class Rebuild:
         if batch.encoding is PageEncoding.ZERO:
             self.pages_zero += batch.nr_pages
 
-    def finish_memory(self, sections: Mapping[str, Sequence[object]]) -> None:
+    def finish_memory(self) -> None:
         """All pages are here: drop what is gone, then what must follow the last page."""
-        mm = only(sections, "mm", MmState)
         batch = Batch()
-        for start, end in self._placer.take_absent(PROCESS_SPACE):
-            for low, high in self._mapped_part(start, end):
-                batch.call(nr.NR_madvise, low, high - low, MADV_DONTNEED, name="madvise(DONTNEED)")
-        exe_fd = open_exe(mm)
-        try:
-            self._mirror.finish(batch, zip(mm.guards[0::2], mm.guards[1::2], strict=True))
-            restore_mm(batch, mm, agent_pidfd=self.skeleton.agent_pidfd, exe_fd=exe_fd)
-            self.injector.run(batch)
-        finally:
-            os.close(exe_fd)
-
-    def _mapped_part(self, start: int, end: int) -> list[tuple[int, int]]:
-        return [
-            (max(start, vma.start), min(end, vma.end))
+        mapped = RangeSet.of(
+            (vma.start, vma.end)
             for vma in self._mirror.layout.vmas
-            if vma.start < end and start < vma.end and vma.kind is not VmaKind.SPECIAL
-        ]
+            if vma.kind is not VmaKind.SPECIAL
+        )
+        for start, end in self._placer.take_absent(PROCESS_SPACE).intersect(mapped):
+            batch.call(nr.NR_madvise, start, end - start, MADV_DONTNEED, name="madvise(DONTNEED)")
+        guards = self._mm.guards
+        self._mirror.finish(batch, zip(guards[0::2], guards[1::2], strict=True))
+        if len(batch):
+            self.injector.run(batch)
 
     def digest(self) -> str:
         """Digest of all memory as the source computes it."""
@@ -268,18 +252,31 @@ class Rebuild:
 
     # -- everything else -------------------------------------------------------------------------------
 
-    def finish_task(self, sections: Mapping[str, Sequence[object]]) -> None:
-        """Restore files, threads and the rest; afterwards every thread stands at its final registers."""
+    def begin_task(self, sections: Mapping[str, Sequence[object]]) -> None:
+        """Restore files and make the threads, as far as that does not need the contents of memory.
+
+        All mappings are there; pages may still come.
+        """
         states = [state for kind in sections.values() for state in kind]
-        restore = TaskRestore(
+        self._mm = only(sections, "mm", MmState)
+        self._task = TaskRestore(
             TaskState.from_sections(states), self.pid, keep_pdeath_signal=self.options.wait
         )
-        early = Batch()
-        restore.early_calls(early)
-        self.injector.run(early)
+        batch = Batch()
+        self._task.early_calls(batch)
+        exe_fd = open_exe(self._mm)
+        try:
+            restore_mm(batch, self._mm, agent_pidfd=self.skeleton.agent_pidfd, exe_fd=exe_fd)
+            self.injector.run(batch)
+        finally:
+            os.close(exe_fd)
         self._restore_files(only(sections, "files", FilesState))
-        self._restore_threads(restore)
-        self._finish_threads(restore)
+        self._make_threads(self._task)
+
+    def finish_task(self) -> None:
+        """Restore all that begin_task() left; afterwards every thread stands at its final registers."""
+        self._restore_threads(self._task)
+        self._finish_threads(self._task)
 
     def _restore_files(self, files: FilesState) -> None:
         context = RestoreContext(
@@ -295,15 +292,32 @@ class Rebuild:
         self._restorer.open_all(files)
         self._restorer.install(files)
 
-    def _restore_threads(self, restore: TaskRestore) -> None:
+    def _make_threads(self, restore: TaskRestore) -> None:
         batch = Batch()
+        self._set_clocks(batch, restore.state.process)
         restore.process_calls(batch)
         restore.clone_calls(batch)
         self.injector.run(batch)
-        host_tids = restore.host_tids()
-        for host_tid in host_tids.values():
+        self._host_tids = restore.host_tids()
+        for host_tid in self._host_tids.values():
             if int(host_tid) != int(self.pid):
                 self.tracer.adopt(host_tid)
+
+    def _set_clocks(self, batch: Batch, process: ProcessState) -> None:
+        """Have the process's clocks go on where they stood; nothing is added where they do so by themselves."""
+        ahead = ahead_at_restore(process, self._ahead, recorded=self.recorded)
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            same_boot = file.read().strip() == self.hello.host.boot_id
+        if is_own_clock(ahead, same_boot=same_boot):
+            self._ahead = Clocks(0, 0)
+            return
+        self._ahead = ahead
+        fd = make_time_namespace(ahead)
+        self._cleanup.callback(os.close, fd)
+        enter_calls(batch, fd, agent_pidfd=self.skeleton.agent_pidfd)
+
+    def _restore_threads(self, restore: TaskRestore) -> None:
+        host_tids = self._host_tids
         leader = restore.state.process.pid
         others: dict[int, Batch] = {host_tids[t.tid]: Batch() for t in restore.state.threads if t.tid != leader}
         for thread in restore.state.threads[1:]:
@@ -326,7 +340,7 @@ class Rebuild:
         """How long the process has been frozen, on its own clock."""
         if self.recorded:
             return 0  # Time stands still in an image.
-        now_ns = time.clock_gettime_ns(time.CLOCK_MONOTONIC) + self._clock_ahead_ns
+        now_ns = time.clock_gettime_ns(time.CLOCK_MONOTONIC) + self._ahead.monotonic_ns
         return max(0, now_ns - restore.state.process.clock_monotonic_ns)
 
     def _finish_threads(self, restore: TaskRestore) -> None:
@@ -345,10 +359,17 @@ class Rebuild:
 
     def release(self) -> int:
         """Let the copy run; returns the CLOCK_MONOTONIC time of the last thread's release in ns."""
-        self.tracer.unhold()
-        self.tracer.detach_all()
-        released_ns = time.monotonic_ns()
         self._released = True
+        try:
+            self.tracer.unhold()
+            if self._task.state.process.stop_signal:
+                # Queued before the first thread is let go: each finds it before it runs an instruction.
+                os.kill(self.pid, self._task.state.process.stop_signal)
+            self.tracer.detach_all()
+        except TargetGone as err:
+            # Killed by somebody, or by a signal that was waiting for it: that it may do, as a running process.
+            _log.warning("Process %d ended as it was released: %s", self.pid, err)
+        released_ns = time.monotonic_ns()
         self._cleanup.close()
         return released_ns
 
@@ -357,10 +378,15 @@ class Rebuild:
         if self._released:
             return
         if self._skeleton is not None:
-            self._skeleton.kill()
+            self._skeleton.kill(self._reap_threads)
         for state in self._objects.values():
             discard_shared(state)
         self._cleanup.close()
+
+    def _reap_threads(self) -> None:
+        # The kernel keeps the leader's end back until the tracer has taken that of every other thread.
+        if "tracer" in vars(self):
+            self.tracer.forget_all()
 
     def write_pidfile(self) -> None:
         """Write the pid where --pidfile says."""

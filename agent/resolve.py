@@ -1,24 +1,25 @@
 """``agent-send --resolve``: learn how an undecided session ended, and act on it.
 
 The frozen original is ended when the destination has committed, and let go when it has aborted. Asking makes
-the decision final: a destination that had not decided yet aborts for good.
+the decision final: a destination that had not decided yet aborts for good. One that has never heard of the
+session cannot say how it ended: it may have another --state-dir, or have been started anew.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 
 from agent import net
-from agent.errors import SetupError, UndecidedError
+from agent.errors import SetupError, TargetGone, UndecidedError
 from agent.link import Link
 from agent.net import parse_address
 from agent.options import SendOptions
 from agent.report import Reporter
 from agent.session_store import SessionStore, UndecidedRecord
 from agent.target.tracer import release_hold
-from agent.types import Pid
 from protocol.messages import Decision, Resolution, Resolve
 from protocol.session import Role
 
@@ -29,7 +30,7 @@ def resolve(options: SendOptions, reporter: Reporter) -> int:
     """Resolve ``options.resolve``; return the exit status.
 
     :raises SetupError: the session is not recorded here, or the destination cannot be asked.
-    :raises UndecidedError: the destination does not know; the original stays frozen.
+    :raises UndecidedError: the destination does not know; the original stays as it is.
     """
     store = SessionStore(options.state_dir)
     record = store.lookup_undecided(options.resolve)
@@ -43,7 +44,8 @@ def resolve(options: SendOptions, reporter: Reporter) -> int:
         raise UndecidedError(
             f"{options.address or record.address} does not know session {record.session}; process "
             f"{record.pid} stays frozen",
-            hint="kill it, or let it go with SIGCONT, once it is clear where the process runs",
+            hint="is this agent-recv on the right host, with the --state-dir of the one that took the process? "
+            "Otherwise kill the original, or let it go with SIGCONT, once it is clear whether a copy runs",
         )
     _act(record, committed=decision is Decision.COMMITTED)
     store.forget_undecided(record.session)
@@ -79,7 +81,8 @@ def _act(record: UndecidedRecord, *, committed: bool) -> None:
         _log.warning("Process %d of session %s is gone", record.pid, record.session)
     elif committed:
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-    else:
-        release_hold(Pid(record.pid))
+    elif not record.facts.get("was_stopped"):
+        with contextlib.suppress(TargetGone):
+            release_hold(record.pid)
     if pidfd >= 0:
         os.close(pidfd)

@@ -22,6 +22,7 @@ from agent.state.shmem import content_to_send, dump_shared, mapped_size
 from agent.tracker.base import DirtySet, SharedKey
 from agent.tracker.layout import is_shared_object, shared_key
 from agent.tracker.scan import ScanTracker
+from protocol.messages import RoundPlaced
 from protocol.state import encode_section
 from protocol.state.shmem import SharedObject, SharedObjects
 
@@ -103,6 +104,9 @@ class RoundSender:
             pages_dirty += self._send_shared(key, ranges)
         totals = session.round_end()
         self._link.send(totals)
+        if not final and not self._link.recorded:
+            # Buffers on the way hold megabytes: what is still there when the target freezes is downtime.
+            self._link.expect(RoundPlaced)
         return RoundReport(
             round=number,
             pages_dirty=pages_dirty,

@@ -1,9 +1,13 @@
 """Durable records of how sessions ended, one small JSON file each.
 
-The destination decides once per session, before it answers: ``committed`` or ``aborted``. The first
-decision stands, whoever makes it, which is what makes the answer to ``--resolve`` final: to ask
-about a session that has no decision *makes* it aborted, and a COMMIT that arrives later finds that
-out. The source records a session whose COMMIT went unanswered, and forgets it once resolved.
+The destination prepares a session before the source is frozen: the record of its commit is written
+and synced, under another name, with the process that it is about. Committing is then one link(2).
+The first decision stands, whoever makes it, which is what makes the answer to ``--resolve`` final:
+to ask about a prepared session that has no decision *makes* it aborted, and a COMMIT that arrives
+later finds that out. A session that was never prepared here is unknown, which is no answer: it may
+have been committed by an agent with another directory.
+
+The source records a session before it freezes the target, and forgets it once it is settled.
 
 The default directory is on a tmpfs: a record outlives the agent and, like the processes it speaks
 of, not a reboot. Session names come from the peer and become file names: nothing but 32 hex digits
@@ -31,23 +35,36 @@ MAX_RECORD_BYTES = 64 << 10
 """A record is a few hundred bytes; anything larger is not one of ours."""
 
 _SESSION_RE = re.compile(r"[0-9a-f]{32}\Z")
+KEEP_DECISIONS_S = 30 * 86400
+"""How long a decision can be asked for. A source that asks later is told that it is unknown, and
+keeps its frozen original."""
 _DECISION_SUFFIX = ".decision.json"
+_PREPARED_SUFFIX = ".prepared.json"
 _UNDECIDED_SUFFIX = ".undecided.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecisionRecord:
-    """What the destination decided; ``pid`` is the restored process (0 when aborted)."""
+    """What the destination decided; ``pid`` is the restored process (0 when aborted).
+
+    ``start_ticks`` and ``boot_id`` as in UndecidedRecord.
+    """
 
     session: str
     decision: str
     pid: int = 0
+    start_ticks: int = 0
+    boot_id: str = ""
     recorded_at: float = 0.0
 
     def __post_init__(self) -> None:
         check_session(self.session)
         if self.decision not in (COMMITTED, ABORTED):
             raise ValueError(f"decision {self.decision!r}")
+
+    def still_exists(self) -> bool:
+        """Whether the very process of the record is still there."""
+        return _is_there(self.pid, self.start_ticks, self.boot_id)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +90,11 @@ class UndecidedRecord:
 
     def still_exists(self) -> bool:
         """Whether the very process of the record is still there."""
-        return self.boot_id == boot_id() and self.start_ticks == start_ticks(self.pid)
+        return _is_there(self.pid, self.start_ticks, self.boot_id)
+
+
+def _is_there(pid: int, ticks: int, boot: str) -> bool:
+    return pid > 0 and boot == boot_id() and ticks == start_ticks(pid)
 
 
 _Record = TypeVar("_Record", DecisionRecord, UndecidedRecord)
@@ -125,31 +146,65 @@ class SessionStore:
 
     # -- destination -------------------------------------------------------------------------------
 
-    def record_decision(self, session: str, decision: str, pid: int = 0) -> DecisionRecord:
-        """Record the decision durably, unless there is one, and return the one that stands.
+    def prepare(self, session: str, pid: int) -> None:
+        """Make ready to commit the session, whose process is being built under ``pid``.
+
+        :raises SetupError: it could not be recorded; the session cannot be committed then.
+        """
+        self._prune()
+        record = self._decision(session, COMMITTED, pid)
+        self._rename(self._write_aside(session, asdict(record)), session, _PREPARED_SUFFIX)
+
+    def commit(self, session: str) -> DecisionRecord:
+        """Commit a prepared session, unless it was decided, and return the decision that stands.
 
         :raises SetupError: it could not be recorded; nothing may be answered or resumed then.
         """
-        record = DecisionRecord(
-            session=session, decision=decision, pid=pid, recorded_at=time.time()
-        )
-        temporary = self._write_aside(session, asdict(record))
+        return self._decide(session, self._path(session, _PREPARED_SUFFIX))
+
+    def abort(self, session: str) -> DecisionRecord:
+        """Record that the session came to nothing, unless it was decided, and return what stands.
+
+        :raises SetupError: it could not be recorded.
+        """
+        temporary = self._write_aside(session, asdict(self._decision(session, ABORTED, 0)))
         try:
-            # link(2) fails if the name exists: the first decision wins, also between two agents.
-            os.link(temporary, self._path(session, _DECISION_SUFFIX))
-        except FileExistsError:
-            standing = self.lookup(session)
-            if standing is None:
-                raise SetupError(
-                    f"Cannot read the recorded decision of session {session}"
-                ) from None
-            return standing
-        except OSError as err:
-            raise SetupError(f"Cannot record session {session}: {err.strerror}") from err
+            return self._decide(session, temporary)
         finally:
             os.unlink(temporary)
-        self._sync_directory()
-        return record
+
+    def forget_prepared(self, session: str) -> None:
+        """The session is decided, and so is what becomes of its process."""
+        with contextlib.suppress(OSError):
+            os.unlink(self._path(session, _PREPARED_SUFFIX))
+
+    def lookup_prepared(self, session: str) -> DecisionRecord | None:
+        """What would be committed; None if the session is not prepared (any more)."""
+        return self._read(session, _PREPARED_SUFFIX, DecisionRecord)
+
+    def _decision(self, session: str, decision: str, pid: int) -> DecisionRecord:
+        return DecisionRecord(
+            session=session,
+            decision=decision,
+            pid=pid,
+            start_ticks=(start_ticks(pid) or 0) if pid else 0,
+            boot_id=boot_id(),
+            recorded_at=time.time(),
+        )
+
+    def _decide(self, session: str, written: str) -> DecisionRecord:
+        try:
+            # link(2) fails if the name exists: the first decision wins, also between two agents.
+            os.link(written, self._path(session, _DECISION_SUFFIX))
+            self._sync_directory()
+        except (FileExistsError, FileNotFoundError):
+            pass  # decided already; what was prepared may have been removed since
+        except OSError as err:
+            raise SetupError(f"Cannot record session {session}: {err.strerror}") from err
+        standing = self.lookup(session)
+        if standing is None:
+            raise SetupError(f"Cannot read the recorded decision of session {session}")
+        return standing
 
     def lookup(self, session: str) -> DecisionRecord | None:
         """The decision of a session; None if there is none."""
@@ -174,12 +229,7 @@ class SessionStore:
             facts=facts,
             recorded_at=time.time(),
         )
-        temporary = self._write_aside(session, asdict(record))
-        try:
-            os.rename(temporary, self._path(session, _UNDECIDED_SUFFIX))
-        except OSError as err:
-            raise SetupError(f"Cannot record session {session}: {err.strerror}") from err
-        self._sync_directory()
+        self._rename(self._write_aside(session, asdict(record)), session, _UNDECIDED_SUFFIX)
         return record
 
     def lookup_undecided(self, session: str) -> UndecidedRecord | None:
@@ -201,8 +251,8 @@ class SessionStore:
         return sorted((record for record in found if record), key=lambda record: record.recorded_at)
 
     def forget_undecided(self, session: str) -> None:
-        """The session was resolved; no error if it is not recorded."""
-        with contextlib.suppress(FileNotFoundError):
+        """The session was resolved; no error if it is not recorded, or cannot be removed."""
+        with contextlib.suppress(OSError):
             os.unlink(self._path(session, _UNDECIDED_SUFFIX))
 
     # -- files -------------------------------------------------------------------------------------
@@ -219,6 +269,24 @@ class SessionStore:
                 hint="Name a private one with --state-dir.",
             )
 
+    def _rename(self, temporary: str, session: str, suffix: str) -> None:
+        try:
+            os.rename(temporary, self._path(session, suffix))
+        except OSError as err:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise SetupError(f"Cannot record session {session}: {err.strerror}") from err
+        self._sync_directory()
+
+    def _prune(self) -> None:
+        """Remove decisions that nobody will ask for any more."""
+        oldest = time.time() - KEEP_DECISIONS_S
+        with contextlib.suppress(OSError), os.scandir(self.directory) as entries:
+            for entry in entries:
+                decided = entry.name.endswith((_DECISION_SUFFIX, _PREPARED_SUFFIX))
+                if decided and entry.stat(follow_symlinks=False).st_mtime < oldest:
+                    os.unlink(entry.path)
+
     def _write_aside(self, session: str, record: dict[str, Any]) -> str:
         check_session(session)
         path = os.path.join(self.directory, f".{session}.{os.getpid()}.tmp")
@@ -228,10 +296,14 @@ class SessionStore:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-            with open(fd, "w", encoding="utf-8", errors="surrogateescape") as stream:
-                json.dump(record, stream)
-                stream.flush()
-                os.fsync(fd)
+            try:
+                with open(fd, "w", encoding="utf-8", errors="surrogateescape") as stream:
+                    json.dump(record, stream)
+                    stream.flush()
+                    os.fsync(fd)
+            except OSError:
+                os.unlink(path)
+                raise
         except OSError as err:
             raise SetupError(
                 f"Cannot record session {session} in {self.directory!r}: {err.strerror}",

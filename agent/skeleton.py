@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
+import select
 import signal
 import socket
 import struct
@@ -24,7 +26,7 @@ from types import TracebackType
 
 from agent.errors import RestoreError
 from agent.kernel import syscalls as nr
-from agent.kernel.clone import CLONE_NEWNS, CLONE_NEWPID, CLONE_NEWTIME, fork_with
+from agent.kernel.clone import CLONE_NEWNS, CLONE_NEWPID, fork_with
 from agent.kernel.libc import syscall
 from agent.kernel.namespaces import (
     MS_NODEV,
@@ -105,11 +107,21 @@ def build_program(code: bytes, address: int) -> bytes:
 
 
 @dataclass(slots=True)
-class Namespaces:
-    """A fresh pid and mount namespace for ``--new-pidns``, held by its init until the end."""
+class _Init:
+    """The init of a fresh pid and mount namespace; it dies with the agent until it has a process to watch."""
 
-    init_pid: Pid
+    pid: Pid
     mnt_fd: int
+    connection: socket.socket
+
+    def watch(self, pidfd: int) -> None:
+        """Leave the agent: the namespace ends with the process of ``pidfd``."""
+        socket.send_fds(self.connection, [b"."], [pidfd])
+
+    def close(self) -> None:
+        """Close the agent's descriptors."""
+        self.connection.close()
+        os.close(self.mnt_fd)
 
 
 @dataclass(slots=True)
@@ -121,15 +133,17 @@ class Skeleton:
     agent_pidfd: int
     init_pid: Pid | None
 
-    def kill(self) -> None:
-        """End the skeleton (and its namespace's init) for good; it must not have been released."""
+    def kill(self, reap_threads: Callable[[], None]) -> None:
+        """End the skeleton (and its namespace's init) for good; it must not have been released.
+
+        ``reap_threads`` takes the end of every thread but the first from the kernel.
+        """
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        reap_threads()
         _reap(self.pid)
         if self.init_pid is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.init_pid, signal.SIGKILL)
-            _reap(self.init_pid)
+            _end(self.init_pid)
 
     def close(self) -> None:
         """Close the agent's descriptors; the process is left alone."""
@@ -148,6 +162,12 @@ class Skeleton:
         self.close()
 
 
+def _end(pid: Pid) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    _reap(pid)
+
+
 def _reap(pid: Pid) -> None:
     with contextlib.suppress(ChildProcessError):
         os.waitpid(pid, 0x40000000)
@@ -159,57 +179,79 @@ def create_skeleton(
     code_address: int,
     agent_pidfd: int,
     new_pidns: bool = False,
-    clock_offsets: tuple[int, int] | None = None,
 ) -> Skeleton:
     """Make the process with pid ``ns_pid`` and let it wait in its one page of code.
 
     ``agent_pidfd`` is the number that its descriptor of the agent gets: above every descriptor of the
-    target, and not below FIRST_FREE_FD. ``clock_offsets`` (monotonic, boottime; ns) put it into a time
-    namespace of its own.
+    target, and not below FIRST_FREE_FD.
 
     :raises RestoreError: when the pid is taken, or a namespace or the process cannot be made.
     """
-    own_pidfd = os.pidfd_open(os.getpid())
-    try:
-        if clock_offsets is not None:
-            _new_time_namespace(clock_offsets)
-        namespaces = None
-        if new_pidns:
-            unshare(CLONE_NEWPID)
-            if ns_pid != 1:
-                namespaces = _start_init()
-        program = _program_fd(build_program(_PAUSE_CODE, code_address), "ferry-skeleton")
-
-        def child() -> None:
-            prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-            if namespaces is not None:
-                setns(namespaces.mnt_fd, CLONE_NEWNS)
-            elif new_pidns:
-                _fresh_mount_namespace()
-            _only_descriptors({own_pidfd: agent_pidfd})
-
-        pid = _spawn(child, program, ns_pid)
+    with contextlib.ExitStack() as undo:
         try:
-            if namespaces is not None:
-                _give_init_its_pidfd(namespaces, pid)
-        except BaseException:
-            os.kill(pid, signal.SIGKILL)
-            _reap(pid)
-            raise
-        os.close(program)
-        return Skeleton(
-            pid=pid,
-            pidfd=os.pidfd_open(pid),
-            agent_pidfd=agent_pidfd,
-            init_pid=namespaces.init_pid if namespaces is not None else None,
-        )
-    except OSError as err:
-        raise RestoreError(
-            f"Cannot create a process with pid {ns_pid}: {err.strerror or err}",
-            hint="the pid is taken: use --new-pidns" if err.errno == 17 else "",
-        ) from err
-    finally:
-        os.close(own_pidfd)
+            return _create(undo, ns_pid, code_address, agent_pidfd, new_pidns)
+        except OSError as err:
+            raise RestoreError(
+                f"Cannot create a process with pid {ns_pid}: {err.strerror or err}",
+                hint="the pid is taken: use --new-pidns" if err.errno == errno.EEXIST else "",
+            ) from err
+
+
+def _create(
+    undo: contextlib.ExitStack,
+    ns_pid: int,
+    code_address: int,
+    agent_pidfd: int,
+    new_pidns: bool,
+) -> Skeleton:
+    own_pidfd = _kept(undo, os.pidfd_open(os.getpid()))
+    failed = undo.enter_context(contextlib.ExitStack())
+    init: _Init | None = None
+    if new_pidns:
+        # Those after this one are born here again: a receiver serves one migration after another.
+        here = _kept(undo, os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC))
+        unshare(CLONE_NEWPID)
+        undo.callback(setns, here, CLONE_NEWPID)
+        if ns_pid != 1:
+            init = _start_init(own_pidfd)
+            undo.callback(init.close)
+            failed.callback(_end, init.pid)
+    program = _kept(undo, _program_fd(build_program(_PAUSE_CODE, code_address), "ferry-skeleton"))
+
+    def child() -> None:
+        _die_with(own_pidfd)
+        if init is not None:
+            setns(init.mnt_fd, CLONE_NEWNS)
+        elif new_pidns:
+            _fresh_mount_namespace()
+        _only_descriptors({own_pidfd: agent_pidfd})
+
+    pid = _spawn(child, program, ns_pid)
+    failed.callback(_end, pid)
+    skeleton = Skeleton(
+        pid=pid,
+        pidfd=os.pidfd_open(pid),
+        agent_pidfd=agent_pidfd,
+        init_pid=init.pid if init is not None else None,
+    )
+    if init is not None:
+        init.watch(skeleton.pidfd)
+    failed.pop_all()
+    return skeleton
+
+
+def _kept(undo: contextlib.ExitStack, fd: int) -> int:
+    undo.callback(os.close, fd)
+    return fd
+
+
+def _die_with(agent_pidfd: int) -> None:
+    """In a child: end with the agent, also when it ended before this was asked for."""
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    ended = select.poll()
+    ended.register(agent_pidfd, select.POLLIN)
+    if ended.poll(0):
+        os._exit(127)
 
 
 def _spawn(child: Callable[[], None], program: int, ns_pid: int) -> Pid:
@@ -263,7 +305,7 @@ def _program_fd(image: bytes, name: str) -> int:
     return fd
 
 
-def _start_init() -> Namespaces:
+def _start_init(own_pidfd: int) -> _Init:
     """Start the init of the pid namespace that the next children are born in."""
     program = _program_fd(build_program(_INIT_CODE, 0x10000), "ferry-init")
     status_read, status_write = os.pipe2(os.O_CLOEXEC)
@@ -271,10 +313,14 @@ def _start_init() -> Namespaces:
     pid = os.fork()
     if pid == 0:
         try:
-            prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            # Or the agent's end would not show as the end of this connection.
+            sender.close()
+            _die_with(own_pidfd)
             _fresh_mount_namespace()
             os.write(status_write, b"+")
             _message, fds, _flags, _address = socket.recv_fds(receiver, 1, 1)
+            if not fds:
+                os._exit(127)
             prctl(PR_SET_PDEATHSIG, 0)
             os.setsid()
             for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE):
@@ -292,27 +338,11 @@ def _start_init() -> Namespaces:
     os.close(status_read)
     os.close(program)
     if answer != b"+":
+        sender.close()
         _reap(Pid(pid))
         raise OSError(answer[0] if answer else 5, "cannot make a pid and mount namespace")
-    namespaces = Namespaces(
-        init_pid=Pid(pid), mnt_fd=os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
-    )
-    _init_sockets[pid] = sender
-    return namespaces
-
-
-_init_sockets: dict[int, socket.socket] = {}
-
-
-def _give_init_its_pidfd(namespaces: Namespaces, pid: Pid) -> None:
-    sender = _init_sockets.pop(namespaces.init_pid)
-    pidfd = os.pidfd_open(pid)
-    try:
-        socket.send_fds(sender, [b"."], [pidfd])
-    finally:
-        os.close(pidfd)
-        sender.close()
-        os.close(namespaces.mnt_fd)
+    mnt_fd = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    return _Init(pid=Pid(pid), mnt_fd=mnt_fd, connection=sender)
 
 
 def _fresh_mount_namespace() -> None:
@@ -320,11 +350,3 @@ def _fresh_mount_namespace() -> None:
     unshare(CLONE_NEWNS)
     mount("none", "/", "", MS_REC | MS_PRIVATE)
     mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
-
-
-def _new_time_namespace(offsets_ns: tuple[int, int]) -> None:
-    """Let the next children be born in a time namespace with these clock offsets."""
-    unshare(CLONE_NEWTIME)
-    with open("/proc/self/timens_offsets", "w", encoding="ascii") as file:
-        for clock, offset in zip(("monotonic", "boottime"), offsets_ns, strict=True):
-            file.write(f"{clock} {offset // 10**9} {offset % 10**9}\n")

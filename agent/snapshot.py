@@ -15,8 +15,10 @@ from agent.link import Link
 from agent.procfs.limits import read_limits
 from agent.procfs.process import list_fds, list_tids, read_comm, read_timens_offsets
 from agent.procfs.status import read_task_status
+from agent.state.creds import creds_of
 from agent.state.files import dump_files
 from agent.state.mm import dump_mm, plan_brk
+from agent.state.sched import bound_cpus
 from agent.state.task import TaskDump
 from agent.target.inject import Batch, Injector
 from agent.target.tracer import TracedThread, Tracer
@@ -27,12 +29,13 @@ from protocol.state.plan import PlanState
 
 def send_plan(link: Link, target: Target) -> None:
     """Send what the destination needs for its preflight; the target runs and is not touched."""
-    link.send(encode_section("plan", target.ns_pid, _plan(target)))
     files = dump_files(target.ctx, content=False)
     link.send(encode_section("files", target.ns_pid, files))
     link.send(encode_section("mm", target.ns_pid, dump_mm(target.pid, brk=0)))
     layout = target.layout.dump(target.maps(), target.vm_flags())
     link.send(encode_section("layout", target.ns_pid, layout))
+    # Last, since it tells the time.
+    link.send(encode_section("plan", target.ns_pid, _plan(target)))
 
 
 def _plan(target: Target) -> PlanState:
@@ -40,9 +43,13 @@ def _plan(target: Target) -> PlanState:
     limits = read_limits(pid)
     unlimited = (RLIM_INFINITY, RLIM_INFINITY)
     shift = _clock_shift(pid)
+    threads = [read_task_status(pid, tid) for tid in list_tids(pid)]
     return PlanState(
         pid=target.ns_pid,
-        tids=tuple(read_task_status(pid, tid).ns_pid[-1] for tid in list_tids(pid)),
+        tids=tuple(thread.ns_pid[-1] for thread in threads),
+        affinities=tuple(map(bound_cpus, threads)),
+        # What of it /proc does not show makes no difference to whether it can be had.
+        creds=creds_of(threads[0], 0),
         name=read_comm(pid, pid).decode("utf-8", "replace"),
         highest_fd=max(list_fds(pid), default=-1),
         monotonic_ns=time.clock_gettime_ns(time.CLOCK_MONOTONIC) + shift["monotonic"],
@@ -84,8 +91,7 @@ def send_task(link: Link, target: Target, tracer: Tracer, threads: list[TracedTh
     with Injector(tracer) as injector:
         injector.run_parallel(batches)
         task = dump.state()
-    for kind, owner, section in task.sections():
-        link.send(encode_section(kind, owner, section))
+    link.send_all(encode_section(*section) for section in task.sections())
     return brk.value
 
 

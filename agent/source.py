@@ -8,7 +8,6 @@ had happened; after it the original never runs again by itself, and what fails t
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 import signal
 import time
@@ -19,9 +18,9 @@ from dataclasses import replace
 from agent import interrupts, net
 from agent.check import Target, find_obstacles, open_target
 from agent.errors import (
-    MigrationError,
     RefusedError,
     SetupError,
+    TargetGone,
     TransferError,
     UndecidedError,
 )
@@ -35,6 +34,7 @@ from agent.pages.sender import PageSender
 from agent.pages.throttle import BandwidthLimit
 from agent.policy import Action, Decision, PolicyLimits, RoundStats, decide
 from agent.procfs.process import list_children
+from agent.procfs.stat import read_stat
 from agent.report import CompletedReport, PhaseClock, Reporter, RoundReport, downtime
 from agent.resolve import resolve
 from agent.rounds import RoundSender
@@ -48,7 +48,7 @@ from agent.tracker.create import create_uffd
 from agent.tracker.scan import ScanTracker
 from agent.types import Obstacle
 from agent.version import SOFTWARE
-from protocol.errors import ProtocolError
+from agent.warmup import urgent, warm_up
 from protocol.messages import (
     Accept,
     Commit,
@@ -143,10 +143,12 @@ class _Migration:
                 self._prepare(link)
             with self._armed() as tracker, self._rounds(link, tracker) as rounds:
                 self._precopy(link, tracker, rounds)
+                self._record(link)
                 with self.reporter.deferred():
                     report = self._switch_over(link, tracker, rounds)
         except BaseException as err:
-            if link.state is not SessionState.UNDECIDED:
+            if not isinstance(err, UndecidedError):
+                self.store.forget_undecided(self.session)
                 link.abort(self.phase, str(err) or type(err).__name__, _obstacles_of(err))
             raise
         finally:
@@ -187,6 +189,7 @@ class _Migration:
     def _prepare(self, link: Link) -> None:
         send_plan(link, self.target)
         link.send(Prepare())
+        warm_up()  # while the destination looks for obstacles
         if not link.recorded:
             prepared = link.expect(Prepared)
             if prepared.obstacles:
@@ -267,16 +270,28 @@ class _Migration:
                 )
             time.sleep(0.02)
 
+    def _record(self, link: Link) -> None:
+        """Record the session as undecided while that costs no downtime: before COMMIT it does no harm."""
+        if link.recorded:
+            return
+        try:
+            was_stopped = read_stat(self.target.pid).state == "T"
+        except (FileNotFoundError, ProcessLookupError) as err:
+            raise TargetGone(f"Process {self.target.pid} is gone") from err
+        self.store.record_undecided(
+            self.session, self.target.pid, str(self.address), was_stopped=was_stopped
+        )
+
     # -- switchover: the target is frozen --------------------------------------------------------------
 
     def _switch_over(self, link: Link, tracker: Tracker, rounds: RoundSender) -> CompletedReport:
-        gc.collect()
-        gc.disable()
-        try:
+        if self.limiter is not None:
+            self.limiter.enabled = False
+        with urgent():
+            link.send(Switchover())
             for _attempt in range(FREEZE_ATTEMPTS):
                 rounds.learn_flags()
                 with Tracer(self.target.pid) as tracer:
-                    frozen_ns = time.monotonic_ns()
                     with self._phase("freeze", frozen=True):
                         threads = tracer.stop_all()
                     if list_children(self.target.pid):
@@ -285,50 +300,42 @@ class _Migration:
                         self._wait_for_children()
                         continue
                     self._send_final(link, rounds, tracer, threads)
-                    return self._finish(link, tracer, tracker, frozen_ns)
+                    return self._finish(link, tracer, tracker)
             raise SetupError(f"Process {self.target.pid} keeps starting child processes")
-        finally:
-            gc.enable()
 
     def _send_final(
         self, link: Link, rounds: RoundSender, tracer: Tracer, threads: list[TracedThread]
     ) -> None:
-        if self.limiter is not None:
-            self.limiter.enabled = False
-        link.send(Switchover())
         with self._phase("task", frozen=True):
             brk = send_task(link, self.target, tracer, threads)
         with self._phase("files", frozen=True):
             send_files(link, self.target)
         with self._phase("last round", frozen=True):
             dirty = rounds.collect(final=True)
+            send_mm(link, self.target, brk=brk, guards=dirty.guards.pairs)
             self.reports.append(rounds.send_round(len(self.reports), dirty, final=True))
-        send_mm(link, self.target, brk=brk, guards=dirty.guards.pairs)
         digest = None
         if self.options.verify:
             with self._phase("digest", frozen=True):
                 digest = digest_process(self.target.pid, dirty.maps)
         link.send(link.session.state_end(digest))
 
-    def _finish(
-        self, link: Link, tracer: Tracer, tracker: Tracker, frozen_ns: int
-    ) -> CompletedReport:
+    def _finish(self, link: Link, tracer: Tracer, tracker: Tracker) -> CompletedReport:
         if link.recorded:
-            return self._finish_image(link, tracer, tracker, frozen_ns)
+            return self._finish_image(link, tracer, tracker)
         with self._phase("restore", frozen=True):
             link.expect(Restored)
         with interrupts.shielded(raise_after=False):
-            # From here on the target must not run again if this agent dies: the hold outlives it.
-            self.store.record_undecided(self.session, self.target.pid, str(self.address))
-            tracer.hold()
             with self._phase("commit", frozen=True):
+                # From here on the target must not run again if this agent dies: the hold outlives it.
+                tracer.hold()
                 commit_ns = time.monotonic_ns()
                 resumed = self._commit(link, tracer)
                 resumed_ns = time.monotonic_ns()
             self._kill_original()
             self.store.forget_undecided(self.session)
         seconds, basis = downtime(
-            frozen_ns=frozen_ns,
+            frozen_ns=tracer.stopped_ns,
             commit_sent_ns=commit_ns,
             resumed_received_ns=resumed_ns,
             released_ns=resumed.released_monotonic_ns,
@@ -342,12 +349,16 @@ class _Migration:
         """
         try:
             link.send(Commit())  # The point of no return.
+        except BaseException:
+            # Not all of it left this host, so the destination will never see it.
+            tracer.unhold()
+            raise
+        try:
             return link.expect(Resumed)
-        except (MigrationError, ProtocolError, OSError) as err:
+        except Exception as err:
             if link.state is SessionState.FAILED:
                 # The destination had given up before our Commit reached it: it will not run the copy.
                 tracer.unhold()
-                self.store.forget_undecided(self.session)
                 raise
             link.lost()
             raise UndecidedError(
@@ -361,20 +372,21 @@ class _Migration:
         except ProcessLookupError:
             _log.warning("Process %d was gone before it could be ended", self.target.pid)
 
-    def _finish_image(
-        self, link: Link, tracer: Tracer, tracker: Tracker, frozen_ns: int
-    ) -> CompletedReport:
+    def _finish_image(self, link: Link, tracer: Tracer, tracker: Tracker) -> CompletedReport:
         with (
             interrupts.shielded(raise_after=False),
             self._phase("complete", frozen=True),
         ):
             link.send(Commit())
-            link.channel.complete()  # The point of no return: the image is durable.
             if self.options.leave_running:
+                # Everything is in the image, only not durable yet: the original need not wait for the disk.
                 tracer.detach_all()
+                seconds = (time.monotonic_ns() - tracer.stopped_ns) / 1e9
+                link.channel.complete()
             else:
+                link.channel.complete()  # The point of no return: the image is durable.
                 self._kill_original()
-        seconds = (time.monotonic_ns() - frozen_ns) / 1e9
+                seconds = (time.monotonic_ns() - tracer.stopped_ns) / 1e9
         return self._report(link, tracker, seconds, "image", pid=self.target.ns_pid)
 
     def _report(

@@ -22,13 +22,14 @@ Sequence
       |                                                  |
       |-- RoundBegin 0 --------------------------------->|               ROUND
       |-- page batches, StateSection * ----------------->|
-      |-- RoundEnd 0 (totals) -------------------------->|               ACTIVE
+      |-- RoundEnd 0 (totals) -------------------------->|               PLACING
+      |<------------------------------ RoundPlaced 0 ----|               ACTIVE
       |   ... rounds 1..n while the target runs ...      |
       |                                                  |
-      |   all threads stopped                            |
       |-- Switchover ----------------------------------->|               SWITCHOVER
-      |-- RoundBegin n+1, batches, RoundEnd ------------>|               FINAL_ROUND, SWITCHOVER
+      |   all threads stopped                            |
       |-- StateSection * (the final ones) -------------->|
+      |-- RoundBegin n+1, batches, RoundEnd ------------>|               FINAL_ROUND, SWITCHOVER
       |-- StateEnd (nr_sections, digest) --------------->|               RESTORING
       |                                     restore      |
       |<---------------------------- Restored (digest) --|               RESTORED
@@ -64,6 +65,7 @@ Messages
     14   Resolve                ->            IDLE
     15   Resolution             <-            RESOLVING
     16   ChannelAnnouncement    ->            first on every further connection (channel.py)
+    17   RoundPlaced            <-            PLACING
 
 Version promise
 ===============

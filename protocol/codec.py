@@ -34,7 +34,7 @@ import operator
 import reprlib
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar, Union
 
 import msgpack
@@ -87,6 +87,30 @@ def decode(cls: type[T], data: Buffer, *, ignore_unknown: bool = False) -> T:
     except RecursionError as err:
         raise RemoteProtocolError(f"{cls.__name__}: nested too deeply") from err
     return result
+
+
+def prepare(cls: type[Any]) -> None:
+    """Build now what encoding and decoding `cls` needs, and all classes inside it.
+
+    Otherwise the first use does, at a fraction of a millisecond for each class.
+    """
+    pending, seen = [cls], {cls}
+    while pending:
+        schema: Any = pending.pop()
+        _encoder(schema)
+        _decoder(schema, False)
+        for inner in _classes_in(typing.get_type_hints(schema).values()):
+            if inner not in seen:
+                seen.add(inner)
+                pending.append(inner)
+
+
+def _classes_in(hints: Iterable[Any]) -> Iterator[type[Any]]:
+    for hint in hints:
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            yield hint
+        else:
+            yield from _classes_in(typing.get_args(hint))
 
 
 def decode_plain(data: Buffer) -> object:

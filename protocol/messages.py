@@ -212,8 +212,22 @@ class RoundEnd:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RoundPlaced:
+    """Every page of the round is where it belongs: destination -> source.
+
+    Answers the RoundEnd of a round while the target runs. The source waits for it: pages that are
+    still on their way when it freezes the target would be downtime.
+    """
+
+    round: int
+
+    def __post_init__(self) -> None:
+        _check_counts(self.round)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Switchover:
-    """The source is frozen; the final round and final sections follow: source -> destination."""
+    """The source freezes its target; the final sections and round follow: source -> destination."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -313,6 +327,7 @@ Message = (
     | Prepared
     | RoundBegin
     | RoundEnd
+    | RoundPlaced
     | Switchover
     | StateEnd
     | Restored
@@ -341,6 +356,7 @@ _TAGS: dict[type[Message], int] = {
     Resolve: 14,
     Resolution: 15,
     ChannelAnnouncement: 16,
+    RoundPlaced: 17,
 }
 _CLASSES: dict[int, type[Message]] = {tag: cls for cls, tag in _TAGS.items()}
 assert set(_TAGS) == set(get_args(Message))

@@ -17,7 +17,8 @@ The states around the point of no return, where it matters who knows what:
                 runs, only the source does not know yet.
 
 A recorded session is one half of a file: the source's messages without answers. Both the writer
-and the reader take Accept, Prepared, Restored and Resumed as given the moment they are due.
+and the reader take Accept, Prepared, RoundPlaced, Restored and Resumed as given the moment they
+are due.
 
 This module must never touch bytes of pages, sockets or clocks. It is the only place where a
 session's state changes.
@@ -44,6 +45,7 @@ from protocol.messages import (
     Resumed,
     RoundBegin,
     RoundEnd,
+    RoundPlaced,
     StateEnd,
     StateSection,
     Switchover,
@@ -68,6 +70,7 @@ class SessionState(enum.Enum):
     PREPARING = "preparing"
     ACTIVE = "active"
     ROUND = "round"
+    PLACING = "placing"
     SWITCHOVER = "switchover"
     FINAL_ROUND = "final round"
     RESTORING = "restoring"
@@ -92,6 +95,7 @@ class SessionInput(enum.Enum):
     ROUND_BEGIN = "RoundBegin"
     PAGES = "page batch"
     ROUND_END = "RoundEnd"
+    ROUND_PLACED = "RoundPlaced"
     SWITCHOVER = "Switchover"
     STATE_END = "StateEnd"
     RESTORED = "Restored"
@@ -123,7 +127,8 @@ TRANSITIONS: dict[tuple[SessionState, SessionInput], SessionState] = {
     (_S.ACTIVE, _I.ROUND_BEGIN): _S.ROUND,
     (_S.ROUND, _I.SECTION): _S.ROUND,
     (_S.ROUND, _I.PAGES): _S.ROUND,
-    (_S.ROUND, _I.ROUND_END): _S.ACTIVE,
+    (_S.ROUND, _I.ROUND_END): _S.PLACING,
+    (_S.PLACING, _I.ROUND_PLACED): _S.ACTIVE,
     # Frozen: the last round and the last word on every section.
     (_S.ACTIVE, _I.SWITCHOVER): _S.SWITCHOVER,
     (_S.SWITCHOVER, _I.SECTION): _S.SWITCHOVER,
@@ -163,6 +168,7 @@ _INPUTS: dict[type[Message], SessionInput] = {
     Prepared: _I.PREPARED,
     RoundBegin: _I.ROUND_BEGIN,
     RoundEnd: _I.ROUND_END,
+    RoundPlaced: _I.ROUND_PLACED,
     Switchover: _I.SWITCHOVER,
     StateEnd: _I.STATE_END,
     Restored: _I.RESTORED,
@@ -175,13 +181,23 @@ _INPUTS: dict[type[Message], SessionInput] = {
 
 # Inputs that belong to one side; Abort belongs to both, everything else to the source.
 _ANSWERS = frozenset(
-    {_I.ACCEPT, _I.PREPARED, _I.REFUSED, _I.RESTORED, _I.RESUMED, _I.LATE_ABORT, _I.RESOLUTION}
+    {
+        _I.ACCEPT,
+        _I.PREPARED,
+        _I.REFUSED,
+        _I.ROUND_PLACED,
+        _I.RESTORED,
+        _I.RESUMED,
+        _I.LATE_ABORT,
+        _I.RESOLUTION,
+    }
 )
 
 # Where a recorded session goes on without the answer it would wait for.
 _IMPLIED = {
     _S.NEGOTIATING: _S.SETUP,
     _S.PREPARING: _S.ACTIVE,
+    _S.PLACING: _S.ACTIVE,
     _S.RESTORING: _S.RESTORED,
     _S.COMMITTED: _S.COMPLETED,
 }
@@ -351,6 +367,8 @@ class Session:
                 )
         elif isinstance(message, RoundBegin) and message.round != self._next_round:
             return f"round is {message.round}, expected {self._next_round}"
+        elif isinstance(message, RoundPlaced) and message.round != self._next_round - 1:
+            return f"round is {message.round}, expected {self._next_round - 1}"
         elif isinstance(message, RoundEnd) and message != self.round_end():
             return f"got {message}, counted {self.round_end()}"
         elif isinstance(message, StateSection) and self._nr_sections == MAX_SECTIONS:

@@ -53,6 +53,7 @@ from agent.kernel.syscalls import (
     NR_getpgid,
     NR_getpid,
     NR_getsid,
+    NR_membarrier,
     NR_personality,
     NR_prctl,
     NR_setpgid,
@@ -75,6 +76,8 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 _PERSONALITY_QUERY: Final = 0xFFFFFFFF
+# include/uapi/linux/membarrier.h; since v6.3. Its answer is a mask of the commands that registered.
+_MEMBARRIER_CMD_GET_REGISTRATIONS: Final = 1 << 9
 _CLOCKS: Final = (CLOCK_MONOTONIC, CLOCK_BOOTTIME, CLOCK_REALTIME)
 _UMASK: Final = re.compile(rb"\nUmask:\t([0-7]+)\n")
 _SIG_IGN: Final = re.compile(rb"\nSigIgn:\t(\w+)\n")
@@ -110,6 +113,9 @@ def plan_process(
     batch.call(NR_prctl, PR_GET_CHILD_SUBREAPER, subreaper, name="prctl(GET_CHILD_SUBREAPER)")
     mdwe = batch.call(NR_prctl, PR_GET_MDWE, name="prctl(PR_GET_MDWE)", check=False)
     merge = batch.call(NR_prctl, PR_GET_MEMORY_MERGE, name="prctl(MEMORY_MERGE)", check=False)
+    membarrier = batch.call(
+        NR_membarrier, _MEMBARRIER_CMD_GET_REGISTRATIONS, 0, 0, name="membarrier", check=False
+    )
     xcomp_at = out.at(_XCOMP_AT)
     batch.call(
         NR_arch_prctl, ARCH_GET_XCOMP_PERM, xcomp_at, name="arch_prctl(XCOMP_PERM)", check=False
@@ -140,6 +146,7 @@ def plan_process(
             clock_monotonic_ns=clocks[0],
             clock_boottime_ns=clocks[1],
             clock_realtime_ns=clocks[2],
+            membarrier=max(0, membarrier.result),
         )
 
     return collect
@@ -214,6 +221,10 @@ def restore_process_calls(batch: Batch, state: ProcessState) -> None:
         # Only the features above the classic ones are asked for by name; AMX tile data is 18.
         if feature >= 18 and state.xcomp_permission >> feature & 1:
             batch.call(NR_arch_prctl, ARCH_REQ_XCOMP_PERM, feature, name="arch_prctl(REQ_XCOMP)")
+    for bit in range(state.membarrier.bit_length()):
+        # Without its registration membarrier(2) fails, which no program that made it expects.
+        if state.membarrier >> bit & 1:
+            batch.call(NR_membarrier, 1 << bit, 0, 0, name="membarrier(register)")
     if state.memory_merge:
         # Merely a hint to merge equal pages; it needs CAP_SYS_RESOURCE.
         batch.call(NR_prctl, PR_SET_MEMORY_MERGE, 1, name="prctl(MEMORY_MERGE)", check=False)

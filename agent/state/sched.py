@@ -25,6 +25,7 @@ from agent.kernel.sched import (
     SCHED_FLAG_UTIL_CLAMP_MIN,
 )
 from agent.kernel.syscalls import (
+    NR_get_mempolicy,
     NR_getpriority,
     NR_ioprio_get,
     NR_ioprio_set,
@@ -33,10 +34,12 @@ from agent.kernel.syscalls import (
     NR_sched_getattr,
     NR_sched_setaffinity,
     NR_sched_setattr,
+    NR_set_mempolicy,
     NR_setpriority,
 )
+from agent.procfs.status import Status
 from agent.types import Obstacle
-from protocol.state.sched import SchedState
+from protocol.state.sched import MAX_NODES_BYTES, SchedState
 
 if TYPE_CHECKING:
     from agent.target.inject import Batch
@@ -48,6 +51,8 @@ _KEPT_FLAGS: Final = SCHED_FLAG_RESET_ON_FORK | SCHED_FLAG_RECLAIM | SCHED_FLAG_
 # struct sched_attr, include/uapi/linux/sched/types.h (SCHED_ATTR_SIZE_VER1).
 _SCHED_ATTR: Final = struct.Struct("=IIQiIQQQII")
 _MASK_ALIGN: Final = 8
+# The kernel leaves out the last bit of as many as it is told.
+_NODES_BITS: Final = MAX_NODES_BYTES * 8 + 1
 
 
 def _parse_cpu_list(text: str) -> set[int]:
@@ -103,12 +108,18 @@ def plan_sched(batch: Batch) -> Callable[[], SchedState]:
     nice = batch.call(NR_getpriority, PRIO_PROCESS, 0, name="getpriority")
     ioprio = batch.call(NR_ioprio_get, IOPRIO_WHO_PROCESS, 0, name="ioprio_get")
     slack = batch.call(NR_prctl, PR_GET_TIMERSLACK, name="prctl(PR_GET_TIMERSLACK)")
+    memory = batch.buffer(8 + MAX_NODES_BYTES)
+    # Fails without CONFIG_NUMA and leaves zeros: the default policy.
+    batch.call(
+        NR_get_mempolicy, memory, memory.at(8), _NODES_BITS, 0, 0, name="get_mempolicy", check=False
+    )
 
     def collect() -> SchedState:
         _, policy, flags, _, priority, runtime, deadline, period, low, high = _SCHED_ATTR.unpack(
             attr.read()
         )
         bits = int.from_bytes(mask.read(), "little")
+        numa = memory.read()
         if policy != SCHED_DEADLINE:
             runtime = 0 if runtime == default_slice_ns() else runtime
         return SchedState(
@@ -125,6 +136,8 @@ def plan_sched(batch: Batch) -> Callable[[], SchedState]:
             affinity_all=bits & online_mask() == online_mask(),
             ioprio=ioprio.value,
             timer_slack_ns=slack.value,
+            memory_policy=int.from_bytes(numa[:4], "little"),
+            memory_nodes=numa[8:].rstrip(b"\0"),
         )
 
     return collect
@@ -168,13 +181,30 @@ def restore_sched_calls(batch: Batch, state: SchedState) -> None:
     batch.call(
         NR_prctl, PR_SET_TIMERSLACK, state.timer_slack_ns, name="prctl(PR_SET_TIMERSLACK)"
     )
+    if state.memory_policy:
+        # Where memory comes from is a matter of speed: on a host with other nodes it does without.
+        nodes = batch.data(state.memory_nodes.ljust(MAX_NODES_BYTES, b"\0"))
+        batch.call(
+            NR_set_mempolicy, state.memory_policy, nodes, _NODES_BITS, name="set_mempolicy", check=False
+        )
+
+
+def bound_cpus(status: Status) -> bytes:
+    """Return the CPU mask in a thread's status, little-endian; empty when it may use every CPU of this host."""
+    bits = int(status.cpus_allowed.replace(",", "") or "0", 16)
+    if bits & online_mask() == online_mask():
+        return b""
+    return bits.to_bytes(-(-bits.bit_length() // 8), "little")
 
 
 def check_sched_restore(tid: int, state: SchedState) -> list[Obstacle]:
     """Say what of ``state`` this host cannot give a thread; nothing is touched."""
-    if state.affinity_all:
-        return []
-    if int.from_bytes(state.affinity, "little") & online_mask():
+    return check_affinity(tid, b"" if state.affinity_all else state.affinity)
+
+
+def check_affinity(tid: int, affinity: bytes) -> list[Obstacle]:
+    """Say so if this host has none of the CPUs of a mask; an empty one stands for all."""
+    if not affinity or int.from_bytes(affinity, "little") & online_mask():
         return []
     return [
         Obstacle(

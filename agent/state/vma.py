@@ -1,12 +1,7 @@
-"""Mappings: describe the source's layout, and mirror it in the destination's skeleton.
+"""Mappings: describe the source's layout, and check on the destination that it can be had there.
 
-The destination follows the layout while the source still runs: every mapping is made at once with its
-final protection (pages are written through the agent, which needs no write permission over there), so
-that nothing but differences is left for the freeze. Advice and locks come last, when all pages are in
-place. Must never touch a mapping that is not in the layout: the injector's scratch lives between them.
-
-Sources: proc_pid_maps(5), proc_pid_smaps(5) (VmFlags), mmap(2), madvise(2), mlock2(2),
-PR_SET_VMA_ANON_NAME(2const). Addresses are target addresses in bytes.
+agent.state.mirror makes it. Sources: proc_pid_maps(5), proc_pid_smaps(5) (VmFlags). Addresses are target addresses
+in bytes.
 """
 
 from __future__ import annotations
@@ -17,24 +12,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from agent.errors import RestoreError
-from agent.kernel import syscalls as nr
+from agent.kernel.mman import PROT_EXEC, PROT_READ, PROT_WRITE
 from agent.procfs.maps import MapsEntry
-from agent.target.inject import Batch
 from agent.tracker.layout import is_shared_object
 from agent.types import Obstacle, Pid
 from protocol.state.vma import BackingFile, LayoutState, VmaKind, VmaState
-
-PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
-MAP_SHARED = 0x01
-MAP_PRIVATE = 0x02
-MAP_DROPPABLE = 0x08
-MAP_FIXED = 0x10
-MAP_ANONYMOUS = 0x20
-MAP_GROWSDOWN = 0x0100
-MAP_NORESERVE = 0x4000
-MLOCK_ONFAULT = 0x01
-PR_SET_VMA = 0x53564D41
-PR_SET_VMA_ANON_NAME = 0
 
 SPECIAL_NAMES = ("[vvar]", "[vvar_vclock]", "[vdso]")
 """Kernel-made mappings that the destination's kernel has under the same names."""
@@ -261,123 +243,6 @@ def preflight_layout(layout: LayoutState, *, root: str = "") -> list[Obstacle]:
     return obstacles
 
 
-class LayoutMirror:
-    """The layout as it stands in the skeleton; :meth:`apply` moves it on to a newer one.
-
-    ``agent_fd(vma, backing)`` returns the agent's descriptor for what a mapping shows. The skeleton
-    takes descriptors with pidfd_getfd(2) through ``agent_pidfd``, its own descriptor of the agent.
-    """
-
-    def __init__(
-        self,
-        agent_pidfd: int,
-        agent_fd: Callable[[VmaState, BackingFile | None], int],
-    ) -> None:
-        self._agent_pidfd = agent_pidfd
-        self._agent_fd = agent_fd
-        self._built: LayoutState = LayoutState(files=(), vmas=())
-
-    @property
-    def layout(self) -> LayoutState:
-        """The layout that the skeleton has now (when every planned batch was run)."""
-        return self._built
-
-    def apply(self, layout: LayoutState, batch: Batch) -> None:
-        """Add the calls to ``batch`` that turn the mirrored layout into ``layout``.
-
-        Pages of ranges that stay are kept. Special mappings are placed elsewhere and skipped here.
-        """
-        old, new = set(self._built.vmas), set(layout.vmas)
-        gone = sorted(_plain(old - new), key=lambda vma: vma.start)
-        come = sorted(_plain(new - old), key=lambda vma: vma.start)
-        before, after = self._built.files, layout.files
-        self._built = layout
-        kept: list[tuple[int, int]] = []
-        mapped: list[tuple[VmaState, int, int]] = []
-        for vma in come:
-            position = vma.start
-            for rest in _overlaps(gone, vma):
-                start, end = max(rest.start, vma.start), min(rest.end, vma.end)
-                if _substance(rest, before) != _substance(vma, after):
-                    continue
-                if position < start:
-                    mapped.append((vma, position, start))
-                if rest.prot != vma.prot:
-                    batch.call(nr.NR_mprotect, start, end - start, vma.prot, name="mprotect")
-                kept.append((start, end))
-                position = end
-            if position < vma.end:
-                mapped.append((vma, position, vma.end))
-        for start, end in _minus(((vma.start, vma.end) for vma in gone), kept):
-            batch.call(nr.NR_munmap, start, end - start, name="munmap")
-        for vma, start, end in mapped:
-            self._map(batch, vma, start, end, after)
-
-    def _map(
-        self, batch: Batch, vma: VmaState, start: int, end: int, files: Sequence[BackingFile]
-    ) -> None:
-        flags = MAP_FIXED | (MAP_SHARED if vma.shared else MAP_PRIVATE)
-        if "gd" in vma.flags:
-            flags |= MAP_GROWSDOWN
-        if "nr" in vma.flags:
-            flags |= MAP_NORESERVE
-        if "dp" in vma.flags:
-            flags = flags & ~MAP_PRIVATE | MAP_DROPPABLE
-        # A mapping that was once writable counts as committed memory for ever. Made read-only from the
-        # start it would not, and never merge with its neighbours again as it does on the source.
-        committed = not vma.shared and "ac" in vma.flags and not vma.prot & PROT_WRITE
-        prot = PROT_READ | PROT_WRITE if committed else vma.prot
-        if vma.kind is VmaKind.ANON:
-            batch.call(
-                nr.NR_mmap, start, end - start, prot, flags | MAP_ANONYMOUS, -1, 0, name="mmap"
-            )
-        else:
-            self._map_file(batch, vma, start, end, files, prot, flags)
-        if committed:
-            batch.call(nr.NR_mprotect, start, end - start, vma.prot, name="mprotect")
-
-    def _map_file(
-        self,
-        batch: Batch,
-        vma: VmaState,
-        start: int,
-        end: int,
-        files: Sequence[BackingFile],
-        prot: int,
-        flags: int,
-    ) -> None:
-        backing = files[vma.file_index] if vma.kind is VmaKind.FILE else None
-        source_fd = self._agent_fd(vma, backing)
-        fd = batch.call(nr.NR_pidfd_getfd, self._agent_pidfd, source_fd, 0, name="pidfd_getfd")
-        offset = vma.offset + start - vma.start
-        batch.call(nr.NR_mmap, start, end - start, prot, flags, fd, offset, name="mmap")
-        batch.call(nr.NR_close, fd, name="close")
-
-    def finish(self, batch: Batch, guards: Iterable[tuple[int, int]]) -> None:
-        """Add advice, names, guard pages, locks and seals: all that must follow the last page."""
-        for vma in _plain(self._built.vmas):
-            length = vma.end - vma.start
-            for flag in vma.flags:
-                advice = ADVICE_BY_FLAG.get(flag)
-                if advice is not None:
-                    batch.call(nr.NR_madvise, vma.start, length, advice, name=f"madvise({flag})")
-            if vma.name and vma.kind in (VmaKind.ANON, VmaKind.OBJECT):
-                text = batch.data(vma.name.encode() + b"\0")
-                batch.call(
-                    nr.NR_prctl, PR_SET_VMA, PR_SET_VMA_ANON_NAME, vma.start, length, text,
-                    name="prctl(PR_SET_VMA_ANON_NAME)",
-                )
-        for start, end in guards:
-            batch.call(nr.NR_madvise, start, end - start, 102, name="madvise(GUARD_INSTALL)")
-        for vma in _plain(self._built.vmas):
-            length = vma.end - vma.start
-            if "lo" in vma.flags:
-                how = MLOCK_ONFAULT if "lf" in vma.flags else 0
-                batch.call(nr.NR_mlock2, vma.start, length, how, name="mlock2")
-            if "sl" in vma.flags:
-                batch.call(nr.NR_mseal, vma.start, length, 0, name="mseal")
-
-
 def special_mappings(layout: LayoutState) -> dict[str, VmaState]:
     """Return the kernel-made mappings of a layout by name."""
     return {vma.name: vma for vma in layout.vmas if vma.kind is VmaKind.SPECIAL}
@@ -402,51 +267,6 @@ def find_gap(layouts: Iterable[LayoutState], length: int, *, above: int) -> int:
     return position + margin
 
 
-def _plain(vmas: Iterable[VmaState]) -> Iterator[VmaState]:
+def plain(vmas: Iterable[VmaState]) -> Iterator[VmaState]:
+    """Leave out the kernel-made mappings."""
     return (vma for vma in vmas if vma.kind is not VmaKind.SPECIAL)
-
-
-def _substance(vma: VmaState, files: Sequence[BackingFile]) -> tuple[object, ...]:
-    """What must be equal for the pages of one mapping to serve another at the same addresses."""
-    backing = files[vma.file_index] if vma.kind is VmaKind.FILE else None
-    return (
-        vma.kind,
-        vma.shared,
-        vma.object_id,
-        backing,
-        vma.offset - vma.start if vma.kind in (VmaKind.FILE, VmaKind.OBJECT) else 0,
-        "mw" in vma.flags if vma.shared else False,
-        MAP_FLAGS.intersection(vma.flags),
-    )
-
-
-def _overlaps(sorted_vmas: Sequence[VmaState], vma: VmaState) -> Iterator[VmaState]:
-    low, high = 0, len(sorted_vmas)
-    while low < high:
-        middle = (low + high) // 2
-        if sorted_vmas[middle].end <= vma.start:
-            low = middle + 1
-        else:
-            high = middle
-    while low < len(sorted_vmas) and sorted_vmas[low].start < vma.end:
-        yield sorted_vmas[low]
-        low += 1
-
-
-def _minus(
-    ranges: Iterable[tuple[int, int]], holes: Sequence[tuple[int, int]]
-) -> Iterator[tuple[int, int]]:
-    """Yield what is left of sorted ``ranges`` outside of sorted ``holes``."""
-    index = 0
-    for start, end in ranges:
-        while index and holes[index - 1][1] > start:
-            index -= 1
-        while index < len(holes) and holes[index][0] < end:
-            hole_start, hole_end = holes[index]
-            if hole_end > start:
-                if start < hole_start:
-                    yield start, hole_start
-                start = max(start, hole_end)
-            index += 1
-        if start < end:
-            yield start, end

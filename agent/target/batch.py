@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import os
 import struct
-from array import array
 from typing import Final, NamedTuple, Union
 
 from agent.errors import InjectError
@@ -176,62 +175,41 @@ class Batch:
         """Lay the batch out for target address `base` (16-byte aligned)."""
         nr_records = len(self.calls) + len(self._undo)
         cells_at = base + nr_records * RECORD_BYTES
-        cells = array("Q")
-        cell_of: dict[int, int] = {}
-
-        # Blobs come last, but constants may be their addresses: count the cells first.
-        nr_cells_limit = 7 * nr_records + 1
-        blobs_at = _align(cells_at + 8 * nr_cells_limit)
-        end = blobs_at
+        # Blobs come last, but constants may be their addresses: leave room for as many cells as there can be.
+        end = _align(cells_at + 8 * (7 * nr_records + 1))
         for blob in self._blobs:
             blob._address = end
             end = _align(end + max(blob.size, 8))
 
-        def constant(value: int) -> int:
-            value &= _U64
-            address = cell_of.get(value)
-            if address is None:
-                address = cell_of[value] = cells_at + 8 * len(cells)
-                cells.append(value)
-            return address
-
-        def pointer(arg: Argument) -> int:
-            if isinstance(arg, int):
-                return constant(arg)
-            if isinstance(arg, Blob):
-                return constant(arg.address)
-            if isinstance(arg, BlobAddress):
-                return constant(arg.blob.address + arg.offset)
-            if isinstance(arg, Cell):
-                return arg.blob.address + arg.offset
-            return base + self._record_index(arg) * RECORD_BYTES + RECORD_RESULT
-
-        records = array("Q")
-        zero = constant(0)
+        # Equal constants share a cell. One dictionary look-up for each argument: this is downtime.
+        cell_of = {0: cells_at}
+        words: list[int] = []
         for call in (*self.calls, *self._undo):
-            pointers = [constant(call.nr), *map(pointer, call.args)]
-            records.extend(pointers)
-            records.extend([zero] * (7 - len(pointers)))
-            records.append(0)
+            for arg in (call.nr, *call.args):
+                if type(arg) is not int:
+                    if isinstance(arg, (Cell, Call)):
+                        words.append(self._where(arg, base))
+                        continue
+                    arg = _value(arg)
+                words.append(cell_of.setdefault(arg & _U64, cells_at + 8 * len(cell_of)))
+            words += (cells_at,) * (_NR_ARGS - len(call.args))
+            words.append(0)  # the result
 
-        content = bytearray(records.tobytes())
-        content += cells.tobytes()
-        content += bytes(blobs_at - base - len(content))
+        content = bytearray(end - base)
+        struct.pack_into(f"<{len(words)}Q{len(cell_of)}Q", content, 0, *words, *cell_of)
         for blob in self._blobs:
-            content += bytes(blob.address - base - len(content))
-            content += blob._content
+            at = blob.address - base
+            content[at : at + len(blob._content)] = blob._content
             for offset, target in blob.patches:
-                address = (
-                    target.blob.address + target.offset
-                    if isinstance(target, BlobAddress)
-                    else target.address
-                )
-                at = blob.address - base + offset
-                content += bytes(max(at + 8 - len(content), 0))
-                struct.pack_into("<Q", content, at, address)
-        content += bytes(end - base - len(content))
+                struct.pack_into("<Q", content, at + offset, _value(target))
         undo_at = base + len(self.calls) * RECORD_BYTES
-        return Packed(base, undo_at, base + nr_records * RECORD_BYTES, bytes(content))
+        return Packed(base, undo_at, cells_at, bytes(content))
+
+    def _where(self, arg: Cell | Call, base: int) -> int:
+        """Return the address of the word that is the argument."""
+        if isinstance(arg, Cell):
+            return arg.blob.address + arg.offset
+        return base + self._record_index(arg) * RECORD_BYTES + RECORD_RESULT
 
     def unpack(self, base: int, content: bytes) -> None:
         """Take the results from what pack() laid out, as the run left it."""
@@ -265,6 +243,14 @@ class Packed(NamedTuple):
     undo: int
     end: int
     content: bytes
+
+
+def _value(arg: int | Blob | BlobAddress) -> int:
+    if isinstance(arg, Blob):
+        return arg.address
+    if isinstance(arg, BlobAddress):
+        return arg.blob.address + arg.offset
+    return int(arg)
 
 
 def _align(value: int) -> int:

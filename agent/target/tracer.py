@@ -18,6 +18,7 @@ agent.target.inject. Sources: ptrace(2), kernel/signal.c, kernel/ptrace.c.
 
 from __future__ import annotations
 
+import ctypes
 import enum
 import errno
 import logging
@@ -32,10 +33,10 @@ from agent.errors import FreezeError, TargetGone
 from agent.kernel import ptrace, wait
 from agent.kernel.arch import user_regs_struct
 from agent.kernel.libc import syscall
-from agent.kernel.syscalls import NR_tgkill
+from agent.kernel.syscalls import NR_rt_sigqueueinfo
 from agent.procfs.process import list_tids
 from agent.procfs.stat import read_stat, read_task_stat
-from agent.procfs.status import read_task_status
+from agent.procfs.status import read_status, read_task_status
 from agent.target import restart
 from agent.target.memory import TargetMemory
 from agent.target.tail import wait_healed
@@ -44,6 +45,9 @@ log = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S: Final = 10.0
 """How long a thread may take to stop; only one in uninterruptible sleep takes longer than microseconds."""
+_SWALLOW_S: Final = 0.1
+"""How long to wait for a signal that is queued: taking it needs no instruction of the target."""
+_ALL_SIGNALS: Final = (1 << 64) - 1
 _REAP_S: Final = 1.0
 """How long to wait for killed threads to end."""
 _SPIN_S: Final = 0.002
@@ -83,7 +87,7 @@ class TracedThread:
         """Signal taken from its queue but not delivered yet (signal-delivery-stop), or 0."""
         self.in_group_stop = False
         self.holds_sigstop = False
-        """Whether a SIGSTOP of Tracer.hold() is queued for this thread."""
+        """Whether a SIGSTOP of Tracer.hold() is queued for the process."""
         self.sample: restart.SleepSample | None = None
         """What the thread was blocked in before it was interrupted, when that matters."""
         self._regs: user_regs_struct | None = None
@@ -158,9 +162,13 @@ class Tracer:
         self.pid = pid
         self.kill_on_exit = kill_on_exit
         self.threads: dict[int, TracedThread] = {}
+        self._held = False
+        self._dropped: list[bytes] = []  # signals that hold() cost the process
         self._dead: list[int] = []  # threads whose end may still have to be taken from the kernel
         self.new_children: list[int] = []
         """Ids (as the agent sees them) of threads and processes made by traced threads, oldest first."""
+        self.stopped_ns = 0
+        """When stop_all() stopped the first thread, by CLOCK_MONOTONIC."""
         self._options = ptrace.PTRACE_O_TRACESYSGOOD | ptrace.PTRACE_O_TRACEEXEC
         if kill_on_exit:
             self._options |= ptrace.PTRACE_O_EXITKILL | ptrace.PTRACE_O_TRACECLONE
@@ -223,6 +231,7 @@ class Tracer:
         thread.sample = restart.sample_sleeper(self.pid, tid)
         ptrace.interrupt(tid)
         self._wait_stopped(thread)
+        self._heal_eintr(thread)
         return thread
 
     def stop_all(self) -> list[TracedThread]:
@@ -232,6 +241,7 @@ class Tracer:
         """
         # Sampled before the first thread stops: this part costs no downtime.
         samples = restart.sample_sleepers(self.pid)
+        self.stopped_ns = time.monotonic_ns()
         while True:
             waiting = []
             for tid in self._list_tids():
@@ -252,6 +262,7 @@ class Tracer:
             for thread in waiting:
                 try:
                     self._wait_stopped(thread)
+                    self._heal_eintr(thread)
                 except TargetGone:
                     if thread.tid not in self._list_tids():
                         continue
@@ -336,36 +347,86 @@ class Tracer:
     # -- holding ----------------------------------------------------------------------------------------------------
 
     def hold(self) -> None:
-        """Make the process stay stopped even if the agent dies: every thread gets a SIGSTOP of its own.
+        """Make the process stay stopped even if the agent dies: one SIGSTOP waits for it.
 
-        All threads must be stopped. A thread set free by the agent's death takes its SIGSTOP before it runs a single
-        instruction. A process in a group-stop stays there anyway and gets none. SIGCONT ends the hold.
+        All threads must be stopped. Set free by the agent's death, each passes the signal queues, under one lock,
+        before it runs a single instruction: the first one takes the SIGSTOP and stops all others by that. A process in
+        a group-stop, or with a SIGSTOP of its own, stays stopped anyway and gets none. SIGCONT ends the hold.
         """
-        for thread in self.threads.values():
-            if thread.holds_sigstop or thread.in_group_stop:
-                continue
-            status = read_task_status(self.pid, thread.tid)
-            if status.sig_pnd & _bit(signal.SIGSTOP):
-                continue  # its own: not ours to swallow later
-            _tgkill(self.pid, thread.tid, signal.SIGSTOP)
-            thread.holds_sigstop = True
+        if self._held or any(thread.in_group_stop for thread in self.threads.values()):
+            return
+        pending = read_status(self.pid).shd_pnd
+        if pending & _bit(signal.SIGSTOP):
+            return
+        if pending & _bit(signal.SIGCONT):
+            # The kernel drops it from the queue when a SIGSTOP comes.
+            tid = next(iter(self.threads))
+            self._dropped = [
+                info
+                for info in ptrace.peeksiginfo(tid, shared=True)
+                if int.from_bytes(info[:4], "little") == signal.SIGCONT
+            ]
+        os.kill(self.pid, signal.SIGSTOP)
+        self._set_held(True)
 
     def unhold(self) -> None:
-        """Take back hold(): each SIGSTOP is taken from its queue and dropped; the threads stay stopped.
+        """Take back hold(): the SIGSTOP is taken from its queue and dropped; the threads stay stopped.
 
         Signals that the kernel takes first (lower numbers) are delivered on the way, as they would have been.
+
+        :raises TargetGone: the process was killed meanwhile, or one of those signals ended it.
         """
-        for thread in list(self.threads.values()):
-            while thread.holds_sigstop:
-                self._before_release(thread)
-                sig = thread.pending_stop_signal
-                thread.forget()
-                thread.stopped = False
-                ptrace.cont(thread.tid, sig)
-                stop = self._wait_stopped(thread)
-                if stop.kind is StopKind.SIGNAL and stop.sig == signal.SIGSTOP:
-                    thread.pending_stop_signal = 0
-                    thread.holds_sigstop = False
+        if not self._held:
+            return
+        self._swallow(self._any_thread(), signal.SIGSTOP)
+        self._set_held(False)
+        for info in self._dropped:
+            _queue_again(self.pid, signal.SIGCONT, info)
+        self._dropped = []
+
+    def end_group_stop(self) -> None:
+        """End the group-stop that all threads are in; they stay stopped by ptrace, and no handler will run."""
+        thread = self._any_thread()
+        os.kill(self.pid, signal.SIGCONT)
+        blocked = thread.sigmask & _bit(signal.SIGCONT)
+        if blocked:
+            # A call with a mask of its own loses it here: it is made again.
+            regs = restart.resuming_regs(thread.regs)
+            if regs is not thread.regs:
+                thread.change_regs(regs)
+            mask = thread.sigmask
+            ptrace.setsigmask(thread.tid, ~_bit(signal.SIGCONT) & _ALL_SIGNALS)
+        self._swallow(thread, signal.SIGCONT)
+        if blocked:
+            ptrace.setsigmask(thread.tid, mask)
+
+    def _any_thread(self) -> TracedThread:
+        return self.threads.get(self.pid) or next(iter(self.threads.values()))
+
+    def _set_held(self, held: bool) -> None:
+        self._held = held
+        for thread in self.threads.values():
+            thread.holds_sigstop = held
+
+    def _swallow(self, thread: TracedThread, sig: int) -> None:
+        # No other thread runs, so this one comes to the queued signal without running an instruction, unless somebody
+        # has taken the signal back (SIGCONT and SIGSTOP do that to each other): then it runs, and is stopped again.
+        while True:
+            self._before_release(thread)
+            delivered = thread.pending_stop_signal
+            thread.forget()
+            thread.stopped = False
+            ptrace.cont(thread.tid, delivered)
+            try:
+                stop = self.wait_stop(thread, _SWALLOW_S)
+            except FreezeError:
+                ptrace.interrupt(thread.tid)
+                self._wait_stopped(thread)
+                return
+            if stop.kind is StopKind.SIGNAL:
+                if stop.sig == sig:
+                    return
+                thread.pending_stop_signal = stop.sig
 
     def spare_on_exit(self) -> None:
         """Undo kill_on_exit for the stopped threads: a skeleton that was held outlives the agent."""
@@ -457,6 +518,12 @@ class Tracer:
 
     # -- helpers ----------------------------------------------------------------------------------------------------
 
+    def _heal_eintr(self, thread: TracedThread) -> None:
+        # At once, and not only when the thread is let go: an agent that dies lets it go without this.
+        if not self.kill_on_exit and restart.hide_eintr(thread):
+            ptrace.setregs(thread.tid, thread.regs)
+            thread._regs_changed = False
+
     def _before_release(self, thread: TracedThread) -> None:
         # EINTR that only our stop caused must not reach a program that did nothing to earn it.
         if not self.kill_on_exit:
@@ -519,10 +586,16 @@ class Tracer:
 def release_hold(pid: int) -> None:
     """Let a process go on whose hold() has outlived its agent; nothing happens to one that is not stopped.
 
-    A handler of SIGCONT, if the process has one, runs: there is no other way out of a group-stop.
+    :raises TargetGone: it is gone. :raises FreezeError: somebody else traces it.
     """
-    if read_stat(pid).state == "T":
-        os.kill(pid, signal.SIGCONT)
+    try:
+        if read_stat(pid).state != "T":
+            return
+        with Tracer(pid) as tracer:
+            tracer.stop_all()
+            tracer.end_group_stop()
+    except (FileNotFoundError, ProcessLookupError) as err:
+        raise TargetGone(f"Process {pid} is gone") from err
 
 
 def pick_injection_thread(pid: int) -> int:
@@ -564,5 +637,10 @@ def _bit(sig: int) -> int:
     return 1 << (sig - 1)
 
 
-def _tgkill(pid: int, tid: int, sig: int) -> None:
-    syscall(NR_tgkill, pid, tid, sig)
+def _queue_again(pid: int, sig: int, info: bytes) -> None:
+    buffer = ctypes.create_string_buffer(info, len(info))
+    try:
+        syscall(NR_rt_sigqueueinfo, pid, sig, ctypes.addressof(buffer))
+    except PermissionError:
+        # Only a process itself may claim that the kernel or kill(2) was the sender: then we are.
+        os.kill(pid, sig)

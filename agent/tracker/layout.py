@@ -20,6 +20,11 @@ from agent.procfs.maps import MapsEntry
 from agent.ranges import RangeSet
 from agent.tracker.base import SharedKey
 
+LOWEST_ADDRESS = 1 << 16
+"""Default of vm.mmap_min_addr: userfaultfd refuses ranges below."""
+HIGHEST_ADDRESS = (1 << 47) - (1 << 12)
+"""End of user space on x86_64 with four levels of page tables; with five, mappings beyond are asked for by address."""
+
 _SPECIAL = frozenset({"[vdso]", "[vvar]", "[vvar_vclock]", "[vsyscall]", "[uprobes]", "[vectors]", "[sigpage]"})
 
 
@@ -58,6 +63,7 @@ class Layout:
     shared: RangeSet
     watched: list[MapsEntry]  # all that should be registered
     spans: list[tuple[int, int, list[MapsEntry]]]  # runs of watched VMAs with nothing else between them
+    rooms: list[tuple[int, int]]  # for each span, the address space around it up to what is not watched
 
 
 def classify(entries: list[MapsEntry], excluded: Container[MapsEntry]) -> Layout:
@@ -68,7 +74,9 @@ def classify(entries: list[MapsEntry], excluded: Container[MapsEntry]) -> Layout
     object_mappings: list[tuple[MapsEntry, SharedKey]] = []
     watched: list[MapsEntry] = []
     spans: list[tuple[int, int, list[MapsEntry]]] = []
+    rooms: list[tuple[int, int]] = []
     run: list[MapsEntry] = []
+    floor = LOWEST_ADDRESS
     for entry in entries:
         private = entry.perms[3] == "p"
         of_object = is_shared_object(entry)
@@ -86,11 +94,16 @@ def classify(entries: list[MapsEntry], excluded: Container[MapsEntry]) -> Layout
         if wanted:
             watched.append(entry)
             run.append(entry)
-        elif run:
-            spans.append((run[0].start, run[-1].end, run))
-            run = []
+        else:
+            if run:
+                spans.append((run[0].start, run[-1].end, run))
+                rooms.append((min(floor, run[0].start), entry.start))
+                run = []
+            floor = entry.end
     if run:
         spans.append((run[0].start, run[-1].end, run))
+        rooms.append((min(floor, run[0].start), max(HIGHEST_ADDRESS, run[-1].end)))
+    rooms = [(start, max(min(end, HIGHEST_ADDRESS), span[1])) for (start, end), span in zip(rooms, spans)]
     anonymous_set, file_set = RangeSet.of(anonymous), RangeSet.of(private_file)
     return Layout(
         anonymous=anonymous_set,
@@ -101,4 +114,5 @@ def classify(entries: list[MapsEntry], excluded: Container[MapsEntry]) -> Layout
         object_mappings=object_mappings,
         watched=watched,
         spans=spans,
+        rooms=rooms,
     )

@@ -60,10 +60,12 @@ from agent.ranges import RangeSet
 from agent.tracker.base import DirtySet, SharedKey, TrackerStats
 from agent.tracker.layout import Layout, classify
 from agent.tracker.shared import SharedWatch
-from agent.types import Obstacle
+from agent.types import PAGE_SIZE, Obstacle
 
 MAX_PASSES = 2
 """Passes in a running round before a surprise is left to the next round."""
+MAX_REGISTRATIONS = 4
+"""How often maps is read again after registering what was new, before the rest is left to the next pass."""
 MAX_FINAL_PASSES = 8
 """Nothing changes under a final round: registering what is new takes one more pass; beyond that it is an error."""
 WINDOW_GAP_BYTES = 160 * 4096
@@ -129,6 +131,7 @@ class ScanTracker:
         self._maps_text = b""
         self._maps: list[MapsEntry] = []
         self._layout: Layout = classify([], ())
+        self._wanted = RangeSet()  # all of the layout that should be registered
         self._excluded: dict[MapsEntry, int] = {}  # refused by UFFDIO_REGISTER -> errno
         self._droppable: set[MapsEntry] = set()  # excluded for a good reason: MAP_DROPPABLE
         self._registered = RangeSet()
@@ -165,9 +168,9 @@ class ScanTracker:
             return
         # Closing the last reference unregisters every range; the target's own copy was closed after arming, but do not
         # depend on it.
-        for span in self._layout.spans:
+        for (start, end), span in zip(self._layout.rooms, self._layout.spans):
             try:
-                uffd.unregister(self._uffd, span[0], span[1] - span[0])
+                uffd.unregister(self._uffd, start, end - start)
             except OSError:
                 self._unregister_each(span[2])
         os.close(self._uffd)
@@ -185,64 +188,110 @@ class ScanTracker:
     # Maps and registration
 
     def _refresh(self) -> None:
+        # Until maps is quiet: a mapping that changed while it was being registered is two VMAs from then on, one
+        # registered and one not. Healed at once, the kernel merges them again; after the target's next page fault in
+        # each it never would, and an mremap(2) across fails.
+        for _ in range(MAX_REGISTRATIONS):
+            text = self._read_maps()
+            if text == self._maps_text and self._registered == self._wanted:
+                return
+            if text != self._maps_text:
+                self._maps = parse_maps(text)
+                self._maps_text = text
+                self._stats.maps_changed = True
+                present = set(self._maps)
+                self._excluded = {e: why for e, why in self._excluded.items() if e in present}
+                self._relayout()
+            self._registered = self._registered.intersect(self._wanted)
+            if self._registered == self._wanted:
+                return
+            self._distrust_changed()
+            self._register_new()
+
+    def _read_maps(self) -> bytes:
         try:
             text = read_maps(self.pid)
         except (ProcessLookupError, FileNotFoundError) as err:
             raise TargetGone("The target exited", pid=self.pid) from err
         if not text:
             raise TargetGone("The target exited", pid=self.pid)
-        if text != self._maps_text:
-            self._maps = parse_maps(text)
-            self._maps_text = text
-            self._stats.maps_changed = True
-            present = set(self._maps)
-            self._excluded = {e: why for e, why in self._excluded.items() if e in present}
-            self._relayout()
-        wanted = self._layout.private.union(self._layout.shared)
-        self._registered = self._registered.intersect(wanted)
-        if self._registered != wanted:
-            self._register_new()
+        return text
 
     def _relayout(self) -> None:
         self._layout = classify(self._maps, self._excluded)
+        self._wanted = self._layout.private.union(self._layout.shared)
         self._stats.nr_vmas = len(self._layout.watched)
 
+    def _distrust_changed(self) -> None:
+        # A mapping partly known has either grown, and then is registered as a whole, or stands where another was.
+        # Registering the rest of the latter would cut it in two.
+        changed: list[tuple[int, int]] = []
+        missing = self._wanted.subtract(self._registered)
+        for entry in self._layout.watched:
+            if missing.touches(entry.start, entry.end):
+                known = self._registered.clip(entry.start, entry.end).pairs
+                if known and not self._is_registered(known[0]):
+                    changed.append((entry.start, entry.end))
+        if changed:
+            self._registered = self._registered.subtract(RangeSet.of(changed))
+
+    def _is_registered(self, vaddr: int) -> bool:
+        try:
+            self._fast_scan(vaddr, vaddr + PAGE_SIZE, 0)
+        except PermissionError:
+            return False
+        return True
+
     def _register_new(self) -> None:
+        # With the free space around what is new: whatever the target puts or grows there meanwhile is not cut by the
+        # end of the range. Never over what counts as registered: a mapping that lost its registration must be found
+        # out by the next scan, since the protection bits it still has say nothing (see _take).
         refused = False
-        for start, end, entries in self._layout.spans:
-            if self._registered.covers(start, end):
+        for (start, end), span in zip(list(self._layout.rooms), list(self._layout.spans)):
+            if self._registered.covers_all(self._wanted.clip(start, end)):
                 continue
-            for run in _adjacent(entries):
-                if self._registered.covers(run[0].start, run[-1].end):
-                    continue
-                if not self._register(run):
-                    for entry in run:
-                        if not self._registered.covers(entry.start, entry.end):
-                            refused |= not self._register([entry])
+            missing = self._wanted.clip(start, end).subtract(self._registered)
+            for gap in RangeSet((start, end)).subtract(self._registered):
+                new = missing.clip(*gap)
+                if new and self._register(gap.start, gap.end, new) is not None:
+                    refused |= self._register_each(span[2], new)
         self._registered = self._registered.copy()
         if refused:
             self._relayout()
 
-    def _register(self, run: list[MapsEntry]) -> bool:
-        start, end = run[0].start, run[-1].end
+    def _register_each(self, entries: list[MapsEntry], new: RangeSet) -> bool:
+        # Something in the range cannot be registered: find out which mapping, keep the others.
+        refused = False
+        for run in _adjacent([e for e in entries if new.touches(e.start, e.end)]):
+            start, end = run[0].start, run[-1].end
+            if self._register(start, end, new.clip(start, end)) is None:
+                continue
+            for entry in run:
+                err = self._register(entry.start, entry.end, new.clip(entry.start, entry.end))
+                if err is not None:
+                    self._refused(entry, err)
+                    refused = True
+        return refused
+
+    def _register(self, start: int, end: int, new: RangeSet) -> OSError | None:
+        # `new`: the part of it that is mapped and not registered yet.
         try:
             uffd.register(self._uffd, start, end - start, uffd.UFFDIO_REGISTER_MODE_WP)
         except OSError as err:
-            if err.errno == errno.ESRCH or err.errno == errno.ENOMEM:
+            if err.errno == errno.ESRCH:
                 raise TargetGone("The target exited or called exec", pid=self.pid) from err
-            if len(run) == 1:
-                self._refused(run[0], err)
-            return False
-        new = RangeSet((start, end)).subtract(self._registered)
-        self._registered.add(start, end)
+            return err
+        self._registered.update(new)
         self._fresh.update(new)
         self._stats.nr_registered += 1
         for entry, key in self._layout.shared_mappings:
-            if entry.start < end and start < entry.end:
+            if new.touches(entry.start, entry.end):
                 self._remapped.add(key)
-        return True
+        return None
 
     def _refused(self, entry: MapsEntry, err: OSError) -> None:
+        if err.errno == errno.ENOMEM:
+            self._read_maps()  # raises when the address space is gone; else a shortage of the moment
         if err.errno == errno.EBUSY:
             where = f"{entry.start:#x}-{entry.end:#x}"
             raise RefusedError(
@@ -356,12 +405,23 @@ class ScanTracker:
         # mapping would be taken for new because something landed inside it); return what the others have.
         found: array[int] = array("Q")
         lost: list[tuple[int, int]] = []
-        for entry in parse_maps(read_maps(self.pid)):
-            for start, end in failed.clip(entry.start, entry.end):
-                try:
-                    found += self._fast_scan(start, end, 0)
-                except PermissionError:
-                    lost.append((start, end))
+        parts = [
+            part
+            for entry in parse_maps(read_maps(self.pid))
+            if failed.touches(entry.start, entry.end)
+            for part in failed.clip(entry.start, entry.end)
+        ]
+        waiting = [(0, len(parts))] if parts else []
+        while waiting:  # by halves: most are registered
+            low, high = waiting.pop()
+            try:
+                found += self._fast_scan(parts[low].start, parts[high - 1].end, 0)
+            except PermissionError:
+                if high - low == 1:
+                    lost.append(parts[low])
+                else:
+                    middle = (low + high) // 2
+                    waiting += [(middle, high), (low, middle)]
         self._registered = self._registered.subtract(RangeSet.of(lost))
         return found
 
@@ -458,11 +518,11 @@ class ScanTracker:
     # Mappings that userfaultfd refuses
 
     def _retry_excluded(self) -> None:
-        # A refusal may only have met a mapping on its way out.
-        for entry in list(self._excluded):
-            if self._register([entry]):
-                del self._excluded[entry]
-                self._maps_text = b""  # classify anew
+        # A refusal may only have met a mapping on its way out, or a shortage. EPERM is for good: never writable.
+        again = [e for e, why in self._excluded.items() if why != errno.EPERM and e not in self._droppable]
+        for entry in again:
+            del self._excluded[entry]
+            self._maps_text = b""  # classify anew
 
     def _check_excluded(self) -> None:
         doubtful = [e for e in self._excluded if e.perms[3] == "p" and e not in self._droppable]

@@ -28,7 +28,7 @@ import fcntl
 import os
 import struct
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from agent.kernel.libc import libc
 from agent.pages.extents import shared_extents
@@ -51,7 +51,18 @@ Stamp = tuple[int, int, int, int]  # st_mtime_ns, st_ctime_ns, st_size, st_block
 class _Object:
     """What is known of one object."""
 
-    __slots__ = ("extents", "fd", "fresh", "mappings", "punched", "seen", "stamp", "watch", "writable_before")
+    __slots__ = (
+        "extents",
+        "fd",
+        "fresh",
+        "mappings",
+        "named",
+        "punched",
+        "seen",
+        "stamp",
+        "watch",
+        "writable_before",
+    )
 
     def __init__(self, fd: int | None) -> None:
         self.fd = fd
@@ -62,6 +73,7 @@ class _Object:
         self.watch = -1
         self.writable_before = True
         self.extents = RangeSet()
+        self.named = False  # the caller says that the target has it open
         self.punched = False  # holes were punched once: it may happen again unseen
 
 
@@ -103,10 +115,17 @@ class SharedWatch:
         return known.fd if known else None
 
     def add(self, key: SharedKey, fd: int) -> None:
-        """Watch an object; `fd` is duplicated. For objects the target has open but not mapped."""
+        """Watch an object that the target has open, mapped or not; said anew before each look. `fd` is duplicated.
+
+        A descriptor of something else is ignored: the target may have closed the one that was meant.
+        """
+        status = os.fstat(fd)
+        if (status.st_dev, status.st_ino) != key:
+            return
         known = self._objects.get(key)
         if known is None or known.fd is None:
-            self._insert(key, os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC))
+            known = self._insert(key, os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC))
+        known.named = True
 
     def _insert(self, key: SharedKey, fd: int | None) -> _Object:
         known = _Object(fd)
@@ -118,7 +137,7 @@ class SharedWatch:
         return known
 
     def find(self, mapped: Iterable[tuple[MapsEntry, SharedKey]]) -> None:
-        """Open objects not seen before. Objects no longer mapped stay: they may be open."""
+        """Open objects not seen before."""
         for entry, key in mapped:
             if key not in self._objects:
                 fd = open_mapped(self._pid, entry)
@@ -198,6 +217,7 @@ class SharedWatch:
         places: dict[SharedKey, set[tuple[int, int, int]]] = {}
         for entry, key in mapped:
             places.setdefault(key, set()).add((entry.start, entry.end, entry.offset))
+        self._drop_unused(places.keys())
         result = self._notified() | remapped
         doubtful: set[SharedKey] = set()
         for key, known in self._objects.items():
@@ -221,6 +241,16 @@ class SharedWatch:
                     result.add(key)
                 known.writable_before = key in writable
         return result & set(self._objects)
+
+    def _drop_unused(self, mapped: Collection[SharedKey]) -> None:
+        # Neither mapped nor open: nobody can see it, and our descriptor is what keeps its memory.
+        for key, known in list(self._objects.items()):
+            if key not in mapped and not known.named:
+                del self._objects[key]
+                self._by_watch.pop(known.watch, None)
+                if known.fd is not None:
+                    os.close(known.fd)
+            known.named = False
 
     def _stamp_changed(self, known: _Object) -> bool:
         if known.fd is None:

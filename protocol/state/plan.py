@@ -1,7 +1,7 @@
 """What the destination must know before it says yes: sent first, while the target still runs.
 
 Ids are those that the process itself sees; clock readings are the process's own, taken when this was sent.
-Limits are a preview: the real ones come with the final state.
+Limits, credentials (the leader's) and CPU masks are a preview: the real ones come with the final state.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from protocol.state import register
+from protocol.state.creds import CredState
 from protocol.state.limits import LimitsState
 
 MAX_THREADS = 1 << 20
@@ -16,7 +17,11 @@ MAX_THREADS = 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanState:
-    """The process to come: its ids, its highest descriptor, its clocks."""
+    """The process to come: its ids, its highest descriptor, its clocks.
+
+    ``affinities`` has the CPU mask (little-endian) of each thread of ``tids``, empty for one that may use every CPU of
+    the source.
+    """
 
     pid: int
     tids: tuple[int, ...]
@@ -26,12 +31,16 @@ class PlanState:
     boottime_ns: int
     realtime_ns: int
     limits: LimitsState
+    creds: CredState
+    affinities: tuple[bytes, ...]
 
     def __post_init__(self) -> None:
         if self.pid <= 0 or self.pid not in self.tids:
             raise ValueError(f"process {self.pid} has no leader among its threads")
         if not 0 < len(self.tids) <= MAX_THREADS or min(self.tids) <= 0:
             raise ValueError(f"{len(self.tids)} thread ids are not valid")
+        if len(self.affinities) != len(self.tids):
+            raise ValueError(f"{len(self.affinities)} CPU masks for {len(self.tids)} threads")
 
 
 register("plan", PlanState, version_id=1, minimum_version_id=1)

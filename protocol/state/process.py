@@ -18,6 +18,7 @@ MAX_PATH_BYTES = 4096
 class ProcessState:
     """One process.
 
+    ``membarrier`` are the registration commands of membarrier(2) that were given, as a bit mask.
     ``cwd`` and ``root`` are as the agent's root directory shows them. ``xcomp_permission`` are the
     dynamically enabled XSAVE features (arch_prctl ARCH_REQ_XCOMP_PERM). ``stop_signal`` is the
     signal that had stopped the whole process when Ferry came (SIGSTOP, SIGTSTP...), 0 when it ran.
@@ -44,6 +45,7 @@ class ProcessState:
     clock_monotonic_ns: int
     clock_boottime_ns: int
     clock_realtime_ns: int
+    membarrier: int = 0
 
     def __post_init__(self) -> None:
         if self.pid <= 0:

@@ -27,6 +27,7 @@ from protocol.messages import (
     Resumed,
     RoundBegin,
     RoundEnd,
+    RoundPlaced,
     StateEnd,
     StateSection,
     Switchover,
@@ -79,6 +80,7 @@ MESSAGES: dict[str, Message] = {
     "round_end": RoundEnd(
         round=0, pages_raw=3, pages_zero=16, pages_absent=1, bytes_payload=8192 + 20
     ),
+    "round_placed": RoundPlaced(round=0),
     "switchover": Switchover(),
     "state_end": StateEnd(nr_sections=2, digest=DIGEST),
     "state_end_plain": StateEnd(nr_sections=0),

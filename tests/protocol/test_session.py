@@ -26,6 +26,8 @@ from protocol.messages import (
     Restored,
     Resumed,
     RoundBegin,
+    RoundEnd,
+    RoundPlaced,
     StateEnd,
     Switchover,
     decode_message,
@@ -38,6 +40,7 @@ SOURCE, DESTINATION = Role.SOURCE, Role.DESTINATION
 HELLO, ACCEPT = MESSAGES["hello"], MESSAGES["accept"]
 RESUMED = Resumed(pid=1, released_monotonic_ns=1)
 ABORT = Abort(phase="round", reason="operator")
+NOTHING_SENT = RoundEnd(round=0, pages_raw=0, pages_zero=0, pages_absent=0, bytes_payload=0)
 
 # What takes a fresh session into each state, as (sender, message) steps.
 _SETUP: list[Message] = [HELLO, ACCEPT]
@@ -53,6 +56,7 @@ PATHS: dict[SessionState, list[Message]] = {
     SessionState.PREPARING: [*_SETUP, Prepare()],
     SessionState.ACTIVE: _ACTIVE,
     SessionState.ROUND: [*_ACTIVE, RoundBegin(round=0)],
+    SessionState.PLACING: [*_ACTIVE, RoundBegin(round=0), NOTHING_SENT],
     SessionState.SWITCHOVER: _SWITCHOVER,
     SessionState.FINAL_ROUND: [*_SWITCHOVER, RoundBegin(round=0)],
     SessionState.RESTORING: _RESTORING,
@@ -67,7 +71,7 @@ PATHS: dict[SessionState, list[Message]] = {
         Resolution(session=SESSION, decision=Decision.ABORTED),
     ],
 }
-_FROM_DESTINATION = (Accept, Prepared, Restored, Resumed, Resolution)
+_FROM_DESTINATION = (Accept, Prepared, RoundPlaced, Restored, Resumed, Resolution)
 _EVERY_MESSAGE = list(MESSAGES.values())
 
 
@@ -236,7 +240,10 @@ class SessionPair:
         self.exchange(self.source, self.source.round_begin())
         for batch in batches:
             self.exchange(self.source, batch)
-        self.exchange(self.source, self.source.round_end())
+        end = self.source.round_end()
+        self.exchange(self.source, end)
+        if self.source.state is SessionState.PLACING:
+            self.exchange(self.destination, RoundPlaced(round=end.round))
 
 
 def pair_in_setup() -> SessionPair:
@@ -330,6 +337,11 @@ def test_totals_begin_anew_with_each_round() -> None:
 def test_rounds_count_from_zero_without_gaps(number: int) -> None:
     with pytest.raises(RemoteProtocolError, match=f"round is {number}, expected 0"):
         session_in(SessionState.ACTIVE, DESTINATION).receive(RoundBegin(round=number))
+
+
+def test_answer_for_another_round_is_refused() -> None:
+    with pytest.raises(RemoteProtocolError, match="round is 3, expected 0"):
+        session_in(SessionState.PLACING, SOURCE).receive(RoundPlaced(round=3))
 
 
 def test_number_of_sections_must_agree() -> None:

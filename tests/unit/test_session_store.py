@@ -22,22 +22,53 @@ def store(tmp_path: Path) -> SessionStore:
 
 def test_decision_is_recorded_and_found(store: SessionStore) -> None:
     assert store.lookup(SESSION) is None
-    record = store.record_decision(SESSION, COMMITTED, 4121)
-    assert (record.decision, record.pid) == (COMMITTED, 4121)
+    store.prepare(SESSION, os.getpid())
+    assert store.lookup(SESSION) is None
+    record = store.commit(SESSION)
+    store.forget_prepared(SESSION)
+    assert (record.decision, record.pid) == (COMMITTED, os.getpid())
+    assert record.still_exists()
     assert SessionStore(store.directory).lookup(SESSION) == record
     assert os.stat(store.directory).st_mode & 0o777 == 0o700
 
 
 def test_first_decision_stands(store: SessionStore) -> None:
-    store.record_decision(SESSION, ABORTED)
-    assert store.record_decision(SESSION, COMMITTED, 4121).decision == ABORTED
+    store.prepare(SESSION, 4121)
+    assert store.abort(SESSION).decision == ABORTED
+    assert store.commit(SESSION).decision == ABORTED
+    store.forget_prepared(SESSION)
+    assert store.commit(SESSION).decision == ABORTED
     found = store.lookup(SESSION)
-    assert found is not None and found.decision == ABORTED
+    assert found is not None and found.decision == ABORTED and not found.still_exists()
+
+
+def test_commit_stands_against_a_later_abort(store: SessionStore) -> None:
+    store.prepare(SESSION, 4121)
+    store.commit(SESSION)
+    assert store.abort(SESSION).decision == COMMITTED
+
+
+def test_session_that_was_not_prepared_cannot_be_committed(store: SessionStore) -> None:
+    with pytest.raises(SetupError, match="Cannot read the recorded decision"):
+        store.commit(SESSION)
+    assert store.lookup_prepared(SESSION) is None
+
+
+def test_decisions_of_long_ago_are_forgotten(store: SessionStore) -> None:
+    store.prepare(OTHER, 1)
+    store.abort(OTHER)
+    for name in os.listdir(store.directory):
+        os.utime(os.path.join(store.directory, name), (0, 0))
+    store.prepare(SESSION, 1)
+    assert store.lookup(OTHER) is None and store.lookup_prepared(OTHER) is None
+    assert store.lookup_prepared(SESSION) is not None
 
 
 def test_no_temporary_files_are_left(store: SessionStore) -> None:
-    store.record_decision(SESSION, COMMITTED, 1)
-    store.record_decision(SESSION, COMMITTED, 1)
+    store.prepare(SESSION, 1)
+    store.commit(SESSION)
+    store.abort(SESSION)
+    store.forget_prepared(SESSION)
     store.record_undecided(OTHER, 1, "tcp://h:1")
     assert len(os.listdir(store.directory)) == 2
 
@@ -65,7 +96,8 @@ def test_undecided_session_names_the_very_process(store: SessionStore) -> None:
 
 def test_source_and_destination_on_one_host_do_not_collide(store: SessionStore) -> None:
     store.record_undecided(SESSION, os.getpid(), "unix:/x")
-    store.record_decision(SESSION, COMMITTED, 7)
+    store.prepare(SESSION, 7)
+    store.commit(SESSION)
     assert store.lookup_undecided(SESSION) is not None
     assert store.lookup(SESSION) is not None
 
@@ -78,7 +110,7 @@ def test_session_name_from_the_peer_cannot_leave_the_directory(
         with pytest.raises(ValueError, match="Not a session"):
             use(name)
     with pytest.raises(ValueError, match="Not a session"):
-        store.record_decision(name, COMMITTED)
+        store.prepare(name, 1)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", '{"session": 1}', "{", '{"decision": "x"}'])
@@ -93,14 +125,14 @@ def test_directory_that_others_can_write_is_not_trusted(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
     store = SessionStore(str(tmp_path))
     with pytest.raises(UsageError, match="others may write"):
-        store.record_decision(SESSION, COMMITTED)
+        store.prepare(SESSION, 1)
     with pytest.raises(UsageError, match="others may write"):
         store.lookup(SESSION)
 
 
 def test_directory_that_cannot_be_made_is_an_error_with_a_hint() -> None:
     with pytest.raises(SetupError, match="Cannot record") as caught:
-        SessionStore("/proc/nowhere").record_decision(SESSION, COMMITTED)
+        SessionStore("/proc/nowhere").prepare(SESSION, 1)
     assert "--state-dir" in caught.value.hint
 
 

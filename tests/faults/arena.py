@@ -1,0 +1,255 @@
+"""One sleeper that is moved back and forth between two hosts while its agents die at chosen instants.
+
+Every move ends in a check of the promise: exactly one copy runs, with the same descriptors, mappings and signal state,
+untraced, no sleep cut short and no EINTR; or everything is frozen, `agent-send --resolve` settles it, and then so.
+Nothing that was started for the move is left behind.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+from tests.hosts import Host, InsideProcess, wait_until
+from tests.migrate.crossing import (
+    COMPLETED,
+    FAILED,
+    UNDECIDED,
+    Receiver,
+    Run,
+    Workload,
+    agent_send,
+    start_program,
+    state_directory,
+    traces_of,
+)
+
+_numbers = itertools.count(1)
+STRIKING = [sys.executable, "-m", "tests.faults.striking"]
+IO_TIMEOUT = "--io-timeout=8"
+
+
+@dataclass(frozen=True)
+class Strike:
+    """When to kill which agent: see tests/faults/striking.py."""
+
+    agent: str
+    point: str
+    delay_us: int = 0
+    victim: str = "self"
+
+    def argv(self, arguments: Sequence[str]) -> list[str]:
+        return [*STRIKING, self.agent, self.point, str(self.delay_us), self.victim, *arguments]
+
+    def __str__(self) -> str:
+        return f"{self.agent} at {self.point} + {self.delay_us} us"
+
+
+class StrikingReceiver(Receiver):
+    """An agent-recv that dies; without a strike, an ordinary one."""
+
+    def __init__(
+        self, host: Host, directory: Path, *arguments: str, strike: Optional[Strike] = None
+    ) -> None:
+        if strike is None:
+            super().__init__(host, directory, *arguments)
+            return
+        self.host = host
+        self.address = f"unix:{directory}/strike{next(_numbers)}.sock"
+        state = state_directory(host, directory)
+        self.argv = strike.argv(["--json", "--once", f"--state-dir={state}", *arguments, self.address])
+        self.process = host.popen(self.argv)
+        wait_until(lambda: self._listens() or not self.process.alive, "agent-recv to listen")
+
+
+class Arena:
+    """A sleeper at home on `here`; `there` is where it is sent next."""
+
+    def __init__(self, source: Host, destination: Host, directory: Path) -> None:
+        self.here, self.there = source, destination
+        self.directory = directory
+        status = directory / "sleepers.status"
+        self.workload: Workload = start_program(
+            source,
+            directory,
+            [sys.executable, "-m", "tests.faults.sleepers", status],
+            status=status,
+        )
+        self.pid = self.workload.pid
+        self.traces = self._settled_traces()
+        self.outcomes: dict[str, int] = {}
+
+    def _settled_traces(self) -> dict[str, object]:
+        # The first seconds of a Python program map this and that.
+        last: list[dict[str, object]] = [{}]
+
+        def settled() -> bool:
+            self.workload.wait_for_notes(4)
+            previous, last[0] = last[0], traces_of(self.here, self.pid)
+            return previous == last[0]
+
+        wait_until(settled, "the sleeper to settle")
+        return last[0]
+
+    def close(self) -> None:
+        """Let nsenter, which started the sleeper, reap it: it stopped itself when its child was stopped."""
+        if self.workload.process.popen.poll() is None:
+            os.kill(self.workload.process.popen.pid, signal.SIGCONT)
+
+    # -- one move --------------------------------------------------------------------------------------
+
+    def move(self, strike: Strike, *send: str) -> str:
+        """Moves the sleeper and kills an agent on the way; returns what came of it, all checked."""
+        receiver = StrikingReceiver(
+            self.there,
+            self.directory,
+            IO_TIMEOUT,
+            strike=strike if strike.agent == "recv" else None,
+        )
+        state = state_directory(self.here, self.directory)
+        arguments = ["--json", f"--state-dir={state}", IO_TIMEOUT, *send]
+        arguments += [str(self.pid), receiver.address]
+        if strike.agent == "send":
+            argv = strike.argv(arguments)
+        else:
+            argv = [sys.executable, "-m", "agent.cli.send", *arguments]
+        sender = self.here.popen(argv)
+        sent = finish(sender, argv)
+        if sent.status not in (COMPLETED, UNDECIDED) and receiver.process.alive:
+            # Killed, or failed, before it connected: nobody will come.
+            give_it_time(receiver.process, 0.3)
+            if receiver.process.alive and not self.sessions(sent):
+                receiver.process.kill(15)
+        received = finish(receiver.process, receiver.argv)
+        story = f"{strike}\n{sent}\n{received}"
+        try:
+            outcome = self.judge(strike, sent, received)
+        except BaseException as err:
+            raise AssertionError(f"{err}\nafter {story}") from err
+        self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
+        return outcome
+
+    def sessions(self, sent: Run) -> list[str]:
+        return [event["session"] for event in sent.events if "session" in event]
+
+    def judge(self, strike: Strike, sent: Run, received: Run) -> str:
+        """Find out where the process is, settle what is undecided, and check everything."""
+        killed = sent if strike.agent == "send" else received
+        assert killed.status in (-9, COMPLETED, FAILED, UNDECIDED), killed.status
+        frozen_here, frozen_there = self.is_stopped(self.here), self.is_stopped(self.there)
+        runs_here = self.exists(self.here) and not frozen_here
+        runs_there = self.exists(self.there) and not frozen_there
+        assert not (runs_here and runs_there), "two copies run"
+        assert self.exists(self.here) or self.exists(self.there), "no copy is left"
+        if sent.status == COMPLETED:
+            assert runs_there and not self.exists(self.here), "completed, but it does not run there"
+        if sent.status == FAILED:
+            assert runs_here, "failed, but the original does not run"
+        undecided = self.undecided(self.here)
+        outcome = "there" if runs_there else "here"
+        if frozen_here or sent.status == UNDECIDED:
+            assert undecided, "frozen without a record"
+            outcome = f"{self.resolve(undecided)} by resolve"
+        elif undecided:
+            # Recorded, and killed before COMMIT or after the original had been ended.
+            assert sent.status == -9
+            self.resolve(undecided)
+            outcome += " (record left)"
+        self.check_end()
+        return outcome
+
+    def resolve(self, session: str) -> str:
+        """Has agent-send ask a new agent-recv on the other host; returns the decision."""
+        receiver = Receiver(self.there, self.directory)
+        run = agent_send(
+            self.here, self.directory, f"--resolve={session}", receiver.address, check=COMPLETED
+        )
+        receiver.process.kill(15)
+        finish(receiver.process, receiver.argv)
+        assert run.outcome["event"] == "resolved", str(run)
+        decision: str = run.outcome["decision"]
+        assert decision in ("committed", "aborted"), str(run)
+        return decision
+
+    def check_end(self) -> None:
+        """One copy, running and unchanged; nothing else; the next move starts where it is."""
+        wait_until(
+            lambda: self.exists(self.here) != self.exists(self.there), "one copy", timeout_s=5
+        )
+        if self.exists(self.there):
+            self.close()
+            self.here, self.there = self.there, self.here
+        self.workload.host = self.here
+        self.workload.assert_healthy(self.here, count=4)
+        wait_until(
+            lambda: self.differences() == [],
+            f"the same process again; different: {self.differences()}",
+            timeout_s=5,
+        )
+        for host, expected in ((self.here, {self.pid}), (self.there, set())):
+            wait_until(
+                lambda: set(host.processes()) == expected,  # noqa: B023
+                f"nothing to be left on {host.name}: {host.processes()}",
+                timeout_s=5,
+            )
+        assert not self.undecided(self.here) and not self.undecided(self.there)
+        temporary = [path.name for path in self.directory.glob("state-*/.*")]
+        assert not temporary, f"left: {temporary}"
+
+    def differences(self) -> list[str]:
+        """What is not as it was: the program (maps of a restored one need not merge alike), fds, signals."""
+        now = traces_of(self.here, self.pid)
+        return [
+            f"{name}: {self.traces[name]} -> {now[name]}"
+            for name in ("status", "fds", "exe")
+            if now[name] != self.traces[name]
+        ]
+
+    # -- looking ---------------------------------------------------------------------------------------
+
+    def exists(self, host: Host) -> bool:
+        return bool(host.outer_pid(self.pid))
+
+    def is_stopped(self, host: Host) -> bool:
+        try:
+            return "\nState:\tT" in (host.proc(self.pid) / "status").read_text()
+        except OSError:
+            return False
+
+    def undecided(self, host: Host) -> str:
+        found = [
+            name.split(".")[0]
+            for name in os.listdir(state_directory(host, self.directory))
+            if name.endswith(".undecided.json")
+        ]
+        assert len(found) <= 1, found
+        return found[0] if found else ""
+
+
+def give_it_time(process: InsideProcess, seconds: float) -> None:
+    try:
+        wait_until(lambda: not process.alive, "its end", timeout_s=seconds)
+    except TimeoutError:
+        pass
+
+
+def finish(process: InsideProcess, argv: list[str]) -> Run:
+    """Waits for an agent's end; a killed one may leave half a line of JSON."""
+    stdout, stderr = (stream.decode(errors="replace") for stream in process.communicate(40))
+    assert "Traceback" not in stderr, stderr
+    events = []
+    for line in stdout.splitlines():
+        try:
+            events.append(json.loads(line))
+        except ValueError:
+            break
+    status = process.wait()
+    # nsenter dies as its command did.
+    return Run(argv, status if status < 128 else 128 - status, stdout, stderr, events)

@@ -52,6 +52,7 @@ from agent.state.vma import find_gap, special_mappings
 from agent.target.inject import Batch, Injector
 from agent.target.tracer import Tracer
 from agent.types import Pid
+from agent.warmup import set_urgent_priority
 from protocol.messages import Hello
 from protocol.pages import PageBatch, PageEncoding
 from protocol.state.files import FilesState
@@ -257,6 +258,8 @@ class Rebuild:
 
         All mappings are there; pages may still come.
         """
+        # Every injected call waits for its thread to get a CPU. The threads' own priority comes with their state.
+        set_urgent_priority(self.pid)
         states = [state for kind in sections.values() for state in kind]
         self._mm = only(sections, "mm", MmState)
         self._task = TaskRestore(

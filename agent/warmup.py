@@ -42,13 +42,14 @@ def urgent() -> Iterator[None]:
     before = os.getpriority(os.PRIO_PROCESS, 0)
     gc.disable()
     try:
-        _set_priority(URGENT_NICE)
+        set_urgent_priority(0)
         yield
     finally:
-        _set_priority(before)
+        os.setpriority(os.PRIO_PROCESS, 0, before)
         gc.enable()
 
 
-def _set_priority(nice: int) -> None:
-    with suppress(PermissionError):  # needs CAP_SYS_NICE
-        os.setpriority(os.PRIO_PROCESS, 0, nice)
+def set_urgent_priority(pid: int) -> None:
+    """Let a process (0: this one) run before others, if this agent may (CAP_SYS_NICE)."""
+    with suppress(PermissionError):
+        os.setpriority(os.PRIO_PROCESS, pid, URGENT_NICE)

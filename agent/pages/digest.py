@@ -2,8 +2,8 @@
 
 Hashed are the addresses and contents of all pages that differ from what a fresh mapping would show: zero pages of
 anonymous memory and pages not there are the same. Of private file mappings and shared objects the visible content
-counts (again without zero pages). Not hashed: [vdso] and its kin, MAP_SHARED of regular files, what `skip` names, and
-`masks`: bytes that differ by nature, such as a struct rseq that the kernel writes.
+counts (again without zero pages). Not hashed: [vdso] and its kin, MAP_SHARED of regular files, MAP_DROPPABLE memory,
+what `skip` names, and `masks`: bytes that differ by nature, such as a struct rseq that the kernel writes.
 
 The process must be stopped. Reads only populated anonymous pages, and objects through their descriptor where it can be
 had, so that nothing is populated. sha1 runs at 1-2 GB/s here, ahead of blake2b; it guards against bugs, not attackers.
@@ -26,6 +26,7 @@ from agent.pages.chunks import Stream
 from agent.pages.sender import CHUNK_BYTES, PageReader
 from agent.pages.zero import gaps, zero_runs
 from agent.procfs.maps import MapsEntry
+from agent.procfs.smaps import read_vm_flags
 from agent.ranges import RangeSet
 from agent.tracker.layout import Layout, classify
 from agent.tracker.shared import open_mapped
@@ -98,7 +99,12 @@ def digest_process(
 ) -> str:
     """Return the digest as hex. `skip`: page ranges left out; `masks`: (address, length) taken as zero."""
     layout: Layout = classify(maps, ())
-    left_out = skip if skip is not None else RangeSet()
+    left_out = RangeSet.of(
+        # MAP_DROPPABLE memory is not carried: it may read as zero at any time, and over there it does.
+        (start, end) for start, end, flags in read_vm_flags(pid) if "dp" in flags
+    )
+    if skip is not None:
+        left_out.update(skip)
     digest = _Digest(masks)
     reader = PageReader()
     try:

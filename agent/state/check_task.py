@@ -31,6 +31,8 @@ from agent.types import Obstacle
 if TYPE_CHECKING:
     from agent.state.context import DumpContext
 
+ROOT_DIRECTORY: Final = "root directory"
+"""What an obstacle is about that makes every path of the process mean something else."""
 _PF_KTHREAD: Final = 0x00200000
 _ELFCLASS64: Final = 2
 _NAMESPACES: Final = {
@@ -237,8 +239,17 @@ def _terminal(pid: int, status: Status) -> Iterator[Obstacle]:
 
 
 def _directories(pid: int, status: Status) -> Iterator[Obstacle]:
-    for what, read in (("working directory", read_cwd), ("root directory", read_root)):
+    for what, read in (("working directory", read_cwd), (ROOT_DIRECTORY, read_root)):
         path = read(pid)
+        if what == ROOT_DIRECTORY and path not in ("/", read_root(os.getpid())):
+            # Where its paths lead would have to be told for every file, mapping and socket.
+            yield Obstacle(
+                kind="directory",
+                what=what,
+                detail=f"the process has changed its root to {path} (chroot)",
+                hint="start the program without chroot",
+            )
+            continue
         if path.endswith(" (deleted)"):
             detail = f"{path.removesuffix(' (deleted)')} was deleted"
         elif not path.startswith("/"):

@@ -34,6 +34,7 @@ from agent.kernel.prctl import (
     PR_GET_IO_FLUSHER,
     PR_GET_NAME,
     PR_GET_PDEATHSIG,
+    PR_GET_SPECULATION_CTRL,
     PR_GET_TID_ADDRESS,
     PR_GET_TSC,
     PR_MCE_KILL,
@@ -42,6 +43,7 @@ from agent.kernel.prctl import (
     PR_SET_IO_FLUSHER,
     PR_SET_NAME,
     PR_SET_PDEATHSIG,
+    PR_SET_SPECULATION_CTRL,
     PR_SET_TSC,
 )
 from agent.kernel.siginfo import SIGSET_BYTES
@@ -82,6 +84,11 @@ if TYPE_CHECKING:
 _XCR0_OFFSET: Final = 464
 _NAME_BYTES: Final = 16
 _PR_TSC_ENABLE: Final = 1
+# include/uapi/linux/prctl.h: PR_SPEC_STORE_BYPASS and PR_SPEC_INDIRECT_BRANCH; whether a thread has a choice; what it
+# may have chosen: PR_SPEC_DISABLE, PR_SPEC_FORCE_DISABLE, PR_SPEC_DISABLE_NOEXEC.
+_SPECULATIONS: Final = (0, 1)
+_PR_SPEC_PRCTL: Final = 1
+_PR_SPEC_CHOSEN: Final = 4 | 8 | 16
 # Offsets of what the calls of a thread write, in one buffer.
 _OUT: Final = struct.Struct("=QQQQii16s")
 _HEAD, _LENGTH, _TID_ADDRESS, _PENDING, _PDEATH, _TSC, _NAME = 0, 8, 16, 24, 32, 36, 40
@@ -135,6 +142,10 @@ def plan_thread(
     cpuid = batch.call(NR_arch_prctl, ARCH_GET_CPUID, 0, name="arch_prctl", check=False)
     # Asking needs CAP_SYS_RESOURCE; who lacks it cannot have set it either.
     flusher = batch.call(NR_prctl, PR_GET_IO_FLUSHER, name="prctl(IO_FLUSHER)", check=False)
+    speculation = [
+        batch.call(NR_prctl, PR_GET_SPECULATION_CTRL, which, name="prctl(SPECULATION)", check=False)
+        for which in _SPECULATIONS
+    ]
     altstack = plan_altstack(batch)
     sched = plan_sched(batch)
     creds = plan_creds(batch, pid, tid)
@@ -163,11 +174,16 @@ def plan_thread(
                 io_flusher=flusher.result == 1,
                 sched=sched(),
                 creds=creds(),
+                speculation=(_chosen(speculation[0].result), _chosen(speculation[1].result)),
             )
 
         return ThreadDump(tid, own.value, pending != 0, finish)
 
     return collect
+
+
+def _chosen(control: int) -> int:
+    return control & _PR_SPEC_CHOSEN if control > 0 and control & _PR_SPEC_PRCTL else 0
 
 
 def peek_private_pending(thread: TracedThread, *, queued: bool) -> tuple[bytes, ...]:
@@ -206,6 +222,12 @@ def restore_thread_calls(
         batch.call(NR_prctl, PR_SET_IO_FLUSHER, 1, name="prctl(PR_SET_IO_FLUSHER)")
     if state.tsc_mode != _PR_TSC_ENABLE:
         batch.call(NR_prctl, PR_SET_TSC, state.tsc_mode, name="prctl(PR_SET_TSC)")
+    for which, chosen in zip(_SPECULATIONS, state.speculation, strict=True):
+        if chosen:
+            # A host that gives no choice is not vulnerable, or protects everybody.
+            batch.call(
+                NR_prctl, PR_SET_SPECULATION_CTRL, which, chosen, name="prctl(SPECULATION)", check=False
+            )
     if not state.cpuid_enabled:
         batch.call(NR_arch_prctl, ARCH_SET_CPUID, 0, name="arch_prctl(ARCH_SET_CPUID)")
 

@@ -54,6 +54,7 @@ from agent.kernel.pagemap import (
     PM_SCAN_WP_MATCHING,
     PagemapScanner,
 )
+from agent.kernel.procmap import ProcmapQuery
 from agent.procfs.maps import MapsEntry, parse_maps, read_maps
 from agent.procfs.smaps import read_vm_flags
 from agent.ranges import RangeSet
@@ -126,6 +127,7 @@ class ScanTracker:
         self.nr_collects = 0
         self._uffd = uffd_fd
         self._scanner = PagemapScanner(pid)
+        self._procmap = ProcmapQuery(pid)
         self._knows_guards = _knows_guards(self._scanner)
         self.shared_watch = SharedWatch(pid)
         self._maps_text = b""
@@ -176,6 +178,7 @@ class ScanTracker:
         os.close(self._uffd)
         self._uffd = -1
         self._scanner.close()
+        self._procmap.close()
         self.shared_watch.close()
 
     def _unregister_each(self, entries: list[MapsEntry]) -> None:
@@ -207,6 +210,9 @@ class ScanTracker:
                 return
             self._distrust_changed()
             self._register_new()
+            for entry, key in self._layout.shared_mappings:
+                if self._fresh.touches(entry.start, entry.end):
+                    self._remapped.add(key)
 
     def _read_maps(self) -> bytes:
         try:
@@ -236,6 +242,7 @@ class ScanTracker:
             self._registered = self._registered.subtract(RangeSet.of(changed))
 
     def _is_registered(self, vaddr: int) -> bool:
+        vaddr -= vaddr % PAGE_SIZE
         try:
             self._fast_scan(vaddr, vaddr + PAGE_SIZE, 0)
         except PermissionError:
@@ -248,16 +255,35 @@ class ScanTracker:
         # out by the next scan, since the protection bits it still has say nothing (see _take).
         refused = False
         for (start, end), span in zip(list(self._layout.rooms), list(self._layout.spans)):
-            if self._registered.covers_all(self._wanted.clip(start, end)):
-                continue
             missing = self._wanted.clip(start, end).subtract(self._registered)
+            if not missing:
+                continue
             for gap in RangeSet((start, end)).subtract(self._registered):
                 new = missing.clip(*gap)
-                if new and self._register(gap.start, gap.end, new) is not None:
+                if not new or self._cuts(gap.start) or self._cuts(gap.end):
+                    continue  # a mapping came to stand there just now: look at maps again
+                if self._register(gap.start, gap.end, new) is None:
+                    self._heal(gap.start - 1)
+                    self._heal(gap.end)
+                else:
                     refused |= self._register_each(span[2], new)
         self._registered = self._registered.copy()
         if refused:
             self._relayout()
+
+    def _cuts(self, edge: int) -> bool:
+        # One that has grown across the edge is registered as a whole, and stays in one piece.
+        around = self._procmap.covering(edge)
+        return around is not None and around[0] < edge and not self._is_registered(edge)
+
+    def _heal(self, vaddr: int) -> None:
+        # What is next to a range that was registered just now must be registered too, or may have been cut by it.
+        # Within microseconds: before the target faults in both parts, which then never become one again.
+        beside = self._procmap.covering(vaddr)
+        if beside is None or not self._wanted.touches(*beside) or self._is_registered(vaddr):
+            return
+        self._registered = self._registered.subtract(RangeSet(beside))
+        self._register(*beside, RangeSet(beside))
 
     def _register_each(self, entries: list[MapsEntry], new: RangeSet) -> bool:
         # Something in the range cannot be registered: find out which mapping, keep the others.
@@ -284,9 +310,6 @@ class ScanTracker:
         self._registered.update(new)
         self._fresh.update(new)
         self._stats.nr_registered += 1
-        for entry, key in self._layout.shared_mappings:
-            if new.touches(entry.start, entry.end):
-                self._remapped.add(key)
         return None
 
     def _refused(self, entry: MapsEntry, err: OSError) -> None:

@@ -42,7 +42,8 @@ class ThreadState:
 
     ``restart`` is the restart block to be built for an interrupted call whose rax says so
     (restart_syscall(2)). ``pending`` are the siginfo of the signals queued for this thread alone,
-    in order.
+    in order. ``speculation`` are the states of PR_SET_SPECULATION_CTRL for store bypass and indirect
+    branches, 0 where the thread has the default.
     """
 
     tid: int
@@ -64,6 +65,7 @@ class ThreadState:
     io_flusher: bool
     sched: SchedState
     creds: CredState
+    speculation: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
         if self.tid <= 0:

@@ -85,6 +85,8 @@ class Arena:
         self.pid = self.workload.pid
         self.traces = self._settled_traces()
         self.outcomes: dict[str, int] = {}
+        self.last_total_s = 1.0
+        self.last_downtime_s = 0.1
 
     def _settled_traces(self) -> dict[str, object]:
         # The first seconds of a Python program map this and that.
@@ -123,10 +125,10 @@ class Arena:
         sender = self.here.popen(argv)
         sent = finish(sender, argv)
         if sent.status not in (COMPLETED, UNDECIDED) and receiver.process.alive:
-            # Killed, or failed, before it connected: nobody will come.
-            give_it_time(receiver.process, 0.3)
-            if receiver.process.alive and not self.sessions(sent):
-                receiver.process.kill(15)
+            # Killed before it connected, or before it said anything: the receiver waits for another one.
+            began = any(event.get("phase") == "prepare" for event in sent.events)
+            give_it_time(receiver.process, 20.0 if began else 1.0)
+            receiver.process.kill(15)
         received = finish(receiver.process, receiver.argv)
         story = f"{strike}\n{sent}\n{received}"
         try:
@@ -135,9 +137,6 @@ class Arena:
             raise AssertionError(f"{err}\nafter {story}") from err
         self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
         return outcome
-
-    def sessions(self, sent: Run) -> list[str]:
-        return [event["session"] for event in sent.events if "session" in event]
 
     def judge(self, strike: Strike, sent: Run, received: Run) -> str:
         """Find out where the process is, settle what is undecided, and check everything."""
@@ -149,6 +148,8 @@ class Arena:
         assert not (runs_here and runs_there), "two copies run"
         assert self.exists(self.here) or self.exists(self.there), "no copy is left"
         if sent.status == COMPLETED:
+            self.last_total_s = sent.outcome["total_s"]
+            self.last_downtime_s = sent.outcome["downtime_s"]
             assert runs_there and not self.exists(self.here), "completed, but it does not run there"
         if sent.status == FAILED:
             assert runs_here, "failed, but the original does not run"

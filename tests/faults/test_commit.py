@@ -5,16 +5,12 @@ FERRY_KILL_ROUNDS: how many instants each test tries (default: a few). FERRY_KIL
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.faults.arena import Arena, Strike
-from tests.hosts import Host
 
 ROUNDS = int(os.environ.get("FERRY_KILL_ROUNDS", "3"))
 SEED = int(os.environ.get("FERRY_KILL_SEED", "1"))
@@ -24,12 +20,6 @@ SOURCE = "agent.source:_Migration."
 DESTINATION = "agent.destination:_Migration."
 TRACER = "agent.target.tracer:Tracer."
 REBUILD = "agent.rebuild:Rebuild."
-
-
-@pytest.fixture
-def arena(source: Host, destination: Host, tmp_path: Path) -> Iterator[Arena]:
-    with contextlib.closing(Arena(source, destination, tmp_path)) as arena:
-        yield arena
 
 
 # What must have come of it: the process runs where it was ("here"), over there, or is frozen until resolved.
@@ -66,43 +56,47 @@ def test_receiver_killed_around_the_commit(arena: Arena, point: str) -> None:
     assert arena.move(Strike("recv", point)) == RECEIVER_POINTS[point]
 
 
-def instants(agent: str, number: int) -> Iterator[Strike]:
-    """Random instants: half of them over everything, the others where much happens in little time."""
-    chance = random.Random(SEED * 10_000 + number)
-    whole, windows = WINDOWS[agent]
-    for index in range(number):
-        point, span_us = whole if index % 2 == 0 else windows[index // 2 % len(windows)]
-        yield Strike(agent, point, chance.randrange(1, span_us))
-
-
-WINDOWS = {
-    "send": (
-        (SOURCE + "run:before", 250_000),
-        (
-            (TRACER + "stop:before", 20_000),
-            (TRACER + "stop_all:before", 40_000),
-            (SOURCE + "_send_final:before", 30_000),
-            (SOURCE + "_finish:before", 20_000),
-            (TRACER + "hold:before", 5_000),
-        ),
-    ),
-    "recv": (
-        (DESTINATION + "run:before", 220_000),
-        (
-            (REBUILD + "start:before", 40_000),
-            (DESTINATION + "_restore:before", 50_000),
-            (REBUILD + "finish_task:before", 40_000),
-            (REBUILD + "hold:before", 2_000),
-            (STORE + "commit:before", 3_000),
-        ),
-    ),
-}
-
-
 @pytest.mark.parametrize("agent", ["send", "recv"])
-@pytest.mark.timeout(120 + 10 * ROUNDS)
+@pytest.mark.timeout(120 + 20 * ROUNDS)
 def test_agent_killed_at_random_instants(arena: Arena, agent: str) -> None:
-    for strike in instants(agent, ROUNDS):
+    chance = random.Random(SEED)
+    for index in range(ROUNDS):
+        if index % 10 == 0:
+            # How long things take now, on this machine.
+            arena.move(NOBODY)
+        (point, share), at_least_us = chance.choice(WINDOWS[agent])
+        span_us = int(1e6 * share(arena))
+        strike = Strike(agent, point, chance.randrange(1, max(span_us, at_least_us)))
         outcome = arena.move(strike)
         print(f"{strike}: {outcome}", flush=True)
     print(arena.outcomes)
+
+
+def total(arena: Arena) -> float:
+    return 1.1 * arena.last_total_s
+
+
+def downtime(arena: Arena) -> float:
+    return arena.last_downtime_s
+
+
+NOBODY = Strike("nobody", "start")
+# Where the clock starts, how far the instant may be from there, and how far at least (us).
+WINDOWS = {
+    "send": (
+        ((SOURCE + "run:before", total), 1000),
+        ((SOURCE + "run:before", total), 1000),
+        ((TRACER + "stop:before", lambda arena: 0.2 * total(arena)), 1000),
+        ((TRACER + "stop_all:before", downtime), 1000),
+        ((SOURCE + "_send_final:before", downtime), 1000),
+        ((TRACER + "hold:before", lambda arena: 0.05 * downtime(arena)), 3000),
+    ),
+    "recv": (
+        ((DESTINATION + "run:before", total), 1000),
+        ((DESTINATION + "run:before", total), 1000),
+        ((REBUILD + "start:before", lambda arena: 0.2 * total(arena)), 1000),
+        ((DESTINATION + "_restore:before", downtime), 1000),
+        ((REBUILD + "hold:before", lambda arena: 0.02 * downtime(arena)), 1500),
+        ((STORE + "commit:before", lambda arena: 0.02 * downtime(arena)), 1500),
+    ),
+}

@@ -1,8 +1,8 @@
 """A full picture of a process from outside, to be compared before and after a migration.
 
 Everything that /proc shows and that a restored process must have in common with the original, as flat text: key to
-value, so that a difference reads by itself. Reads procfs and looks at descriptors through a pidfd; changes nothing. What
-may differ for good reasons (times, counters, what the kernel hands out) is listed below with the reason.
+value, so that a difference reads by itself. Reads procfs and looks at descriptors through a pidfd; changes nothing.
+What may differ for good reasons (times, counters, what the kernel hands out) is listed below with the reason.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""One thread blocked in one system call; notes with which result, and when, the call ended.
+"""A thread blocked in a system call, for each of many calls; notes with which result, and when, each call ended.
 
-Usage: python -m tests.workloads.blocked MODE SECONDS STATUS_FILE
+Usage: python -m tests.workloads.blocked MODE|all SECONDS STATUS_FILE
 
-The call is made raw, so an EINTR that Ferry failed to hide shows. It ends SECONDS after the "begin" note: by its own
-timeout, or because a second thread then does what it waits for. The "end" note has the result, the expected result and
+The calls are made raw, so an EINTR that Ferry failed to hide shows. Each ends SECONDS after the "begin" note: by its
+own timeout, or because another thread then does what it waits for. "end" notes have the result, the expected result and
 the time that passed by the realtime clock, which two hosts share. Then the workload idles, notes "idle" and lives on.
 """
 
@@ -185,7 +185,9 @@ def _plan_accept(mode: str, seconds: float) -> Plan:
 
 
 def _plan_signals(mode: str, seconds: float) -> Plan:
-    mask = ctypes.c_uint64(1 << (signal.SIGUSR1 - 1))
+    # Each waits for a signal of its own, which every thread blocks.
+    waited = signal.SIGUSR2 if mode == "sigtimedwait" else signal.SIGUSR1
+    mask = ctypes.c_uint64(1 << (waited - 1))
     span = libc.seconds(seconds)
     if mode == "sigtimedwait":
         return Plan(
@@ -201,9 +203,12 @@ def _plan_signals(mode: str, seconds: float) -> Plan:
             lambda: os.kill(os.getpid(), signal.SIGUSR1),
         )
     # A real signal, and a handler: the call must end with EINTR, once, and not before.
-    signal.signal(signal.SIGALRM, lambda signum, frame: None)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    return Plan(lambda: libc.syscall(_SYS_PAUSE), _EINTR)
+
+    def pause() -> int:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+        return libc.syscall(_SYS_PAUSE)
+
+    return Plan(pause, _EINTR, lambda: os.kill(os.getpid(), signal.SIGALRM))
 
 
 MODES: dict[str, Callable[[str, float], Plan]] = {
@@ -231,26 +236,15 @@ MODES: dict[str, Callable[[str, float], Plan]] = {
 }
 
 
-def main() -> None:
-    mode, seconds, path = sys.argv[1], float(sys.argv[2]), sys.argv[3]
-    status = Status(path)
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
-
-    # The waker is made before the plan's clock starts, and sleeps until an absolute time.
-    plan_made = threading.Event()
-    wakers: list[Callable[[], object]] = []
-
-    def wake() -> None:
-        plan_made.wait()
-        time.sleep(seconds)
-        wakers[0]()
-
-    threading.Thread(target=wake, daemon=True).start()
+def run(
+    mode: str, seconds: float, status: Status, ready: threading.Barrier, wakers: list[Callable[[], object]]
+) -> None:
+    """Makes the call of one mode, notes how it ended."""
+    ready.wait()
     plan = MODES[mode](mode, seconds)
     wakers.append(plan.wake)
     status.note(state="begin", mode=mode)
     begin_ns = time.time_ns()
-    plan_made.set()
     result = plan.call()
     status.note(
         state="end",
@@ -261,6 +255,30 @@ def main() -> None:
         elapsed_s=(time.time_ns() - begin_ns) / 1e9,
     )
     status.check(result == plan.expected, f"{mode} gave {libc.name_of(result)}")
+
+
+def main() -> None:
+    mode, seconds, path = sys.argv[1], float(sys.argv[2]), sys.argv[3]
+    status = Status(path)
+    signal.signal(signal.SIGALRM, lambda signum, frame: None)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM])
+    modes = sorted(MODES) if mode == "all" else [mode]
+    ready = threading.Barrier(len(modes) + 1)
+    wakers: list[Callable[[], object]] = []
+    threads = [
+        threading.Thread(target=run, args=(mode, seconds, status, ready, wakers), daemon=True) for mode in modes
+    ]
+    for thread in threads:
+        thread.start()
+    ready.wait()
+    # Some short sleeps instead of one long one: this thread too is in a call at any moment.
+    until = time.monotonic() + seconds
+    while time.monotonic() < until or len(wakers) < len(modes):
+        time.sleep(0.02)
+    for wake in wakers:
+        wake()
+    for thread in threads:
+        thread.join()
     while True:
         time.sleep(0.05)
         status.note(state="idle")

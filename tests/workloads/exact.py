@@ -3,8 +3,8 @@
 Usage: python -m tests.workloads.exact STATUS_FILE [plain]
 
 Each of its threads notes {"thread": NAME, "picture": {...}} again and again: whatever the kernel answers to the calls
-that read a setting. All of it must be the same after a migration. With "plain" nothing is changed from the defaults. What
-this kernel or these privileges do not allow is noted in "refused" and left at its default. Standard library only.
+that read a setting. All of it must be the same after a migration. With "plain" nothing is changed from the defaults.
+What this kernel or these privileges do not allow is noted in "refused" and left at its default. Standard library only.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.workloads import libc
 from tests.workloads.status import Status
 
 NR = {
-    "arch_prctl": 158, "brk": 12, "capget": 125, "capset": 126, "get_mempolicy": 239, "get_robust_list": 274,
+    "arch_prctl": 158, "capget": 125, "capset": 126, "get_mempolicy": 239, "get_robust_list": 274,
     "getgroups": 115, "getitimer": 36, "getpriority": 140, "getresgid": 120, "getresuid": 118, "getsid": 124,
     "ioprio_get": 252, "ioprio_set": 251, "membarrier": 324, "mlockall": 151, "personality": 135, "prctl": 157,
     "prlimit64": 302, "rt_sigaction": 13, "rt_sigpending": 127, "rt_sigprocmask": 14, "sched_getaffinity": 204,
@@ -153,7 +153,6 @@ def picture_of_process() -> dict[str, object]:
     for command in (8, 32):
         # Registered or not shows in what the call does.
         seen[f"membarrier {command}"] = raw("membarrier", command, 0, 0)
-    seen["brk"] = raw("brk", 0)
     return seen
 
 

@@ -29,6 +29,8 @@ _MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS = 1, 2, 0x10, 0x20
 _MREMAP_MAYMOVE = 1
 _PLACES = (0, 2040, 4088)
 _MAX_REGIONS = 24
+_MAX_PIECES = 150
+"""Regions cut into pieces: so many, and one must go."""
 _MAX_PAGES = 96
 
 
@@ -75,6 +77,8 @@ class Storm:
             operations = [self.write, self.write, self.write, self.verify, self.drop, self.move]
             operations += [self.protect, self.unmap_part, self.replace, self.unmap, self.grow]
         operation = self.chance.choice(operations)
+        if len(self.regions) > _MAX_PIECES:
+            operation = self.unmap
         if operation is self.grow and len(self.regions) < _MAX_REGIONS:
             self.map_new()
         operation(region)
@@ -191,6 +195,7 @@ class Storm:
             # Limitations), counted and not hidden.
             self.nr_seams += 1
             self.status.note(seam=[region.start, region.nbytes], around=_mappings_around(region))
+            self.regions.remove(region)  # some of it may have been moved: nobody knows what is where
             return
         if -4096 < start < 0:
             self.status.error(f"mremap {[hex(word) for word in arguments]} gave {libc.name_of(start)}")

@@ -193,13 +193,15 @@ class _Migration:
         self.reporter.failed(error, phase=self.phase, session=self.hello.session)
 
     def _abandon(self) -> None:
-        if self.rebuild is not None:
-            self.rebuild.abandon()
-        if self.prepared:
-            # Should the source come to ask, it hears that this was a failure and not that nobody knows.
-            with contextlib.suppress(MigrationError):
-                self.store.abort(self.hello.session)
-            self.store.forget_prepared(self.hello.session)
+        try:
+            if self.rebuild is not None:
+                self.rebuild.abandon()
+        finally:
+            if self.prepared:
+                # Should the source come to ask, it hears that this was a failure and not that nobody knows.
+                with contextlib.suppress(MigrationError):
+                    self.store.abort(self.hello.session)
+                self.store.forget_prepared(self.hello.session)
 
     # -- while the source runs -------------------------------------------------------------------------
 

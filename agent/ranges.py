@@ -197,10 +197,6 @@ class RangeSet:
         position = bisect_right(pairs, start)
         return start >= end or (position % 2 == 1 and pairs[position] >= end)
 
-    def covers_all(self, other: RangeSet) -> bool:
-        """Say whether every range of `other` is in the set."""
-        return not other.subtract(self)
-
     def touches(self, start: int, end: int) -> bool:
         """Say whether any of [start, end) is in the set, by bisection."""
         pairs = self.pairs

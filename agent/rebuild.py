@@ -52,7 +52,7 @@ from agent.state.vma import find_gap, special_mappings
 from agent.target.inject import Batch, Injector
 from agent.target.tracer import Tracer
 from agent.types import Pid
-from agent.warmup import set_urgent_priority
+from agent.warmup import make_urgent
 from protocol.messages import Hello
 from protocol.pages import PageBatch, PageEncoding
 from protocol.state.files import FilesState
@@ -258,8 +258,8 @@ class Rebuild:
 
         All mappings are there; pages may still come.
         """
-        # Every injected call waits for its thread to get a CPU. The threads' own priority comes with their state.
-        set_urgent_priority(self.pid)
+        # Every injected call waits for its thread to get a CPU. Their own scheduling comes with their state.
+        make_urgent(self.pid)
         states = [state for kind in sections.values() for state in kind]
         self._mm = only(sections, "mm", MmState)
         self._task = TaskRestore(

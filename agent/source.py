@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import select
 import signal
 import time
 import uuid
@@ -90,9 +91,20 @@ def send(options: SendOptions, reporter: Reporter) -> int:
                 f"Process {options.pid} cannot be moved: {len(obstacles)} obstacle{plural}", obstacles
             )
         migration = _Migration(options, reporter, target)
-        with interrupts_reported(reporter, migration):
+        with interrupts_reported(reporter, migration), _death_explained(target, migration):
             migration.run()
     return 0
+
+
+@contextlib.contextmanager
+def _death_explained(target: Target, migration: _Migration) -> Iterator[None]:
+    """Name the cause where a target that exited or was killed shows as some failed system call."""
+    try:
+        yield
+    except OSError as err:
+        if has_exited(target.pidfd):
+            raise TargetGone(f"Process {target.pid} exited in {migration.phase}") from err
+        raise
 
 
 @contextlib.contextmanager
@@ -149,7 +161,10 @@ class _Migration:
         except BaseException as err:
             if not isinstance(err, UndecidedError):
                 self.store.forget_undecided(self.session)
-                link.abort(self.phase, str(err) or type(err).__name__, _obstacles_of(err))
+                reason = str(err) or type(err).__name__
+                if isinstance(err, OSError) and has_exited(self.target.pidfd):
+                    reason = f"Process {self.target.pid} exited"
+                link.abort(self.phase, reason, _obstacles_of(err))
             raise
         finally:
             channel.close_gracefully()
@@ -408,6 +423,11 @@ class _Migration:
             timeline=self.clock.spans,
             notes=self.notes,
         )
+
+
+def has_exited(pidfd: int) -> bool:
+    """Tell whether the process has exited, reaped or not."""
+    return bool(select.select([pidfd], [], [], 0)[0])
 
 
 def _stats(report: RoundReport) -> RoundStats:

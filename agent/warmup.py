@@ -18,8 +18,8 @@ from protocol.messages import Message
 from protocol.state import KINDS
 from protocol.state.files import FILE_BODIES
 
-URGENT_NICE = -20
-"""Nice value of an agent while the target is frozen."""
+URGENT_PRIORITY = 1
+"""Real-time priority of an agent while the target is frozen: the lowest, above all ordinary processes."""
 
 
 def warm_up() -> None:
@@ -37,19 +37,20 @@ def warm_up() -> None:
 def urgent() -> Iterator[None]:
     """Let nothing that can wait delay the body, which is somebody's downtime.
 
-    No garbage collection, and no other process's turn on a busy host (where the agent may ask for that).
+    No garbage collection, and no other process's turn on a busy host. Nice values would not do: they count only
+    within a session (sched(7), autogroup) or cgroup.
     """
-    before = os.getpriority(os.PRIO_PROCESS, 0)
+    policy, param = os.sched_getscheduler(0), os.sched_getparam(0)
     gc.disable()
     try:
-        set_urgent_priority(0)
+        make_urgent(0)
         yield
     finally:
-        os.setpriority(os.PRIO_PROCESS, 0, before)
+        os.sched_setscheduler(0, policy, param)
         gc.enable()
 
 
-def set_urgent_priority(pid: int) -> None:
-    """Let a process (0: this one) run before others, if this agent may (CAP_SYS_NICE)."""
+def make_urgent(pid: int) -> None:
+    """Let a process (0: this one) run before ordinary ones, if this agent may (CAP_SYS_NICE)."""
     with suppress(PermissionError):
-        os.setpriority(os.PRIO_PROCESS, pid, URGENT_NICE)
+        os.sched_setscheduler(pid, os.SCHED_RR, os.sched_param(URGENT_PRIORITY))

@@ -41,6 +41,7 @@ import operator
 import os
 import time
 from array import array
+from bisect import bisect_left, bisect_right
 
 from agent.errors import DumpError, RefusedError, TargetGone
 from agent.kernel import uffd
@@ -65,7 +66,7 @@ from agent.types import PAGE_SIZE, Obstacle
 
 MAX_PASSES = 2
 """Passes in a running round before a surprise is left to the next round."""
-MAX_REGISTRATIONS = 4
+MAX_REGISTRATIONS = 2
 """How often maps is read again after registering what was new, before the rest is left to the next pass."""
 MAX_FINAL_PASSES = 8
 """Nothing changes under a final round: registering what is new takes one more pass; beyond that it is an error."""
@@ -231,13 +232,15 @@ class ScanTracker:
     def _distrust_changed(self) -> None:
         # A mapping partly known has either grown, and then is registered as a whole, or stands where another was.
         # Registering the rest of the latter would cut it in two.
-        changed: list[tuple[int, int]] = []
-        missing = self._wanted.subtract(self._registered)
-        for entry in self._layout.watched:
-            if missing.touches(entry.start, entry.end):
+        changed: set[tuple[int, int]] = set()
+        watched = self._layout.watched
+        for start, end in self._wanted.subtract(self._registered):
+            # Only the first and the last can reach out of what is missing.
+            for position in (bisect_right(watched, (start, end)) - 1, bisect_left(watched, (end,)) - 1):
+                entry = watched[position]
                 known = self._registered.clip(entry.start, entry.end).pairs
                 if known and not self._is_registered(known[0]):
-                    changed.append((entry.start, entry.end))
+                    changed.add((entry.start, entry.end))
         if changed:
             self._registered = self._registered.subtract(RangeSet.of(changed))
 
@@ -283,21 +286,32 @@ class ScanTracker:
         if beside is None or not self._wanted.touches(*beside) or self._is_registered(vaddr):
             return
         self._registered = self._registered.subtract(RangeSet(beside))
-        self._register(*beside, RangeSet(beside))
+        self._register(*beside, self._wanted.clip(*beside))
 
     def _register_each(self, entries: list[MapsEntry], new: RangeSet) -> bool:
         # Something in the range cannot be registered: find out which mapping, keep the others.
         refused = False
-        for run in _adjacent([e for e in entries if new.touches(e.start, e.end)]):
-            start, end = run[0].start, run[-1].end
-            if self._register(start, end, new.clip(start, end)) is None:
+        first = bisect_left(entries, (new.pairs[0],))
+        last = bisect_left(entries, (new.pairs[-1],))
+        for run in _adjacent(entries[first:last]):
+            if self._register_exactly(run, new) is None:
                 continue
             for entry in run:
-                err = self._register(entry.start, entry.end, new.clip(entry.start, entry.end))
+                err = self._register_exactly([entry], new)
                 if err is not None:
                     self._refused(entry, err)
                     refused = True
         return refused
+
+    def _register_exactly(self, run: list[MapsEntry], new: RangeSet) -> OSError | None:
+        start, end = run[0].start, run[-1].end
+        if self._cuts(start) or self._cuts(end):
+            return None
+        err = self._register(start, end, new.clip(start, end))
+        if err is None:
+            self._heal(start - 1)
+            self._heal(end)
+        return err
 
     def _register(self, start: int, end: int, new: RangeSet) -> OSError | None:
         # `new`: the part of it that is mapped and not registered yet.

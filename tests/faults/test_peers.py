@@ -159,6 +159,12 @@ def test_target_exits_execs_or_forks_meanwhile(
 # -- the peer stops ------------------------------------------------------------------------------------------
 
 
+def wake(process: InsideProcess) -> None:
+    """Continue a stopped process, and nsenter, which stops itself when its child is stopped."""
+    process.kill(signal.SIGCONT)
+    os.kill(process.popen.pid, signal.SIGCONT)
+
+
 def move_with_stopped(
     arena: Arena, strike: Strike, *, send: str = "--io-timeout=2", recv: str = "--io-timeout=2"
 ) -> tuple[InsideProcess, list[str], StrikingReceiver]:
@@ -180,7 +186,7 @@ def test_receiver_that_stops_before_the_commit(arena: Arena, point: str) -> None
     sent = finish(sender, argv)
     assert sent.status == FAILED, str(sent)
     one_message(sent)
-    receiver.process.kill(signal.SIGCONT)
+    wake(receiver.process)
     assert finish(receiver.process, receiver.argv).status == FAILED
     arena.check_end()
 
@@ -194,7 +200,7 @@ def test_receiver_that_stops_within_the_commit(arena: Arena) -> None:
     assert "--resolve" in sent.stderr
     assert arena.is_stopped(arena.here)
     # It goes on where it was: nobody has asked in between, so it commits.
-    receiver.process.kill(signal.SIGCONT)
+    wake(receiver.process)
     assert finish(receiver.process, receiver.argv).status == COMPLETED
     assert arena.resolve(arena.undecided(arena.here)) == "committed"
     arena.check_end()
@@ -206,7 +212,7 @@ def test_receiver_that_wakes_up_after_the_session_was_aborted(arena: Arena) -> N
     )
     assert finish(sender, argv).status == UNDECIDED
     assert arena.resolve(arena.undecided(arena.here)) == "aborted"
-    receiver.process.kill(signal.SIGCONT)
+    wake(receiver.process)
     received = finish(receiver.process, receiver.argv)
     assert received.status == FAILED, str(received)
     one_message(received)
@@ -219,7 +225,7 @@ def test_sender_that_stops_before_the_commit(arena: Arena, point: str) -> None:
     received = finish(receiver.process, receiver.argv)
     assert received.status == FAILED, str(received)
     one_message(received)
-    sender.kill(signal.SIGCONT)
+    wake(sender)
     sent = finish(sender, argv)
     assert sent.status == FAILED, str(sent)
     one_message(sent)
@@ -232,7 +238,7 @@ def test_sender_that_stops_right_before_it_sends_commit(arena: Arena) -> None:
     )
     received = finish(receiver.process, receiver.argv)
     assert received.status == FAILED, str(received)
-    sender.kill(signal.SIGCONT)
+    wake(sender)
     sent = finish(sender, argv)
     assert sent.status == FAILED, str(sent)
     one_message(sent)
@@ -250,9 +256,9 @@ def test_link_that_is_cut(arena: Arena) -> None:
     sender = arena.here.popen(argv)
     time.sleep(1.5)  # into the first round, which takes seconds at this rate
     interface = next(
-        name
-        for name in arena.here.run(["ls", "/sys/class/net"]).stdout.decode().split()
-        if name.startswith("fy")
+        line.split("@")[0]
+        for line in arena.here.run(["ip", "-brief", "link"]).stdout.decode().splitlines()
+        if line.startswith("fy")
     )
     arena.here.run(["ip", "link", "set", interface, "down"])
     try:

@@ -50,7 +50,7 @@ WHOLE_FILES = (
 )  # fmt: skip
 LINKS = ("exe", "cwd", "root")
 # Inodes of pipes, sockets and memfds are the kernel's to choose, and so are numbers of the mounts they are on.
-FDINFO_DIFFERS = re.compile(r"^(mnt_id|ino|scm_fds):.*\n", re.MULTILINE)
+FDINFO_DIFFERS = re.compile(r"^(mnt_id|ino|scm_fds|eventfd-id):.*\n", re.MULTILINE)
 EPOLL_DIFFERS = re.compile(r" (ino|sdev):[0-9a-f]+")
 TIMERFD_DIFFERS = re.compile(r"^(it_value): .*\n", re.MULTILINE)
 INODE = re.compile(r"\[\d+\]$")
@@ -67,7 +67,6 @@ def take_picture(proc: Path) -> Picture:
     picture: Picture = {}
     for name in WHOLE_FILES:
         picture[name] = _read(proc / name).replace("\0", " ")
-    # The target of "pid" timers is a number of its own namespace already; addresses of the kernel are hidden.
     for name in LINKS:
         picture[name] = os.readlink(proc / name)
     picture |= _status(proc / "status", "")
@@ -130,22 +129,7 @@ def _thread(task: Path) -> Picture:
         name, _, value = (word.strip() for word in line.partition(":"))
         if name in ("policy", "prio", "se.slice", "uclamp.min", "uclamp.max", "dl.runtime", "dl.deadline"):
             picture[f"{prefix}sched.{name}"] = value
-    tid = int(task.name)
-    outer = _outer_tid(task)
-    if outer:
-        picture[prefix + "affinity"] = str(sorted(os.sched_getaffinity(outer)))
-    del tid
     return picture
-
-
-def _outer_tid(task: Path) -> int:
-    # The first id is the one that the reader of the file sees through that /proc: with the tests' own /proc
-    # it would be theirs. Only that one can be named in a system call.
-    own = Path(f"/proc/{task.name}/status")
-    try:
-        return int(task.name) if own.exists() and os.path.samefile(own.parent, task) else 0
-    except OSError:
-        return 0
 
 
 def _mappings(proc: Path) -> Picture:
@@ -176,7 +160,8 @@ def _descriptors(proc: Path) -> Picture:
             info = FDINFO_DIFFERS.sub("", _read(proc / "fdinfo" / str(number)))
             info = TIMERFD_DIFFERS.sub("", EPOLL_DIFFERS.sub("", info))
             picture[f"fd {number} link"] = INODE.sub("[]", link)
-            picture[f"fd {number} info"] = info
+            # The kernel lists what an epoll watches by addresses of its own.
+            picture[f"fd {number} info"] = "\n".join(sorted(info.splitlines()))
             if pidfd >= 0:
                 picture |= _description(pidfd, number)
     finally:
@@ -187,17 +172,12 @@ def _descriptors(proc: Path) -> Picture:
 
 def _pid_to_open(proc: Path) -> int:
     """The pid that system calls of ours need for the process behind ``proc``; 0 when it cannot be found."""
-    inner = (proc / "ns" / "pid").readlink()
-    names = set(_read(proc / "status").splitlines()) & {f"Pid:\t{proc.name}"}
+    inner, number = (proc / "ns" / "pid").readlink(), _innermost(proc)
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
         try:
-            if (entry / "ns" / "pid").readlink() != inner or not names:
-                continue
-            text = (entry / "status").read_text()
-            found = re.search(r"^NSpid:.*\t(\d+)$", text, re.MULTILINE)
-            if found and found[1] == _innermost(proc):
+            if (entry / "ns" / "pid").readlink() == inner and _innermost(entry) == number:
                 return int(entry.name)
         except OSError:
             continue

@@ -118,7 +118,7 @@ def test_a_process_without_privileges_gets_none(
         status = Path(directory, "exact.status")
         workload = start_program(source, tmp_path, [*argv, status, "plain"], status=status)
         before = seen_inside(workload, source)
-        assert before["thread 1 uids"] == "((65534, 65534, 65534), 65534)"
+        assert before["thread 1 uids"] == "[[65534, 65534, 65534], 65534]"
         migrate(workload, destination, tmp_path)
         assert unexpected(before, seen_inside(workload, destination)) == []
 

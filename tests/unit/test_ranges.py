@@ -92,3 +92,10 @@ def test_a_hundred_thousand_ranges_are_fast() -> None:
     assert not a.intersect(b)
     assert a.subtract(b) == a
     assert time.process_time() - began < 1.5  # about 0.2 s; a loop with a bad order would take minutes
+
+
+def test_touches_agrees_with_clipping() -> None:
+    ranges = RangeSet((10, 20, 30, 40))
+    for start in range(50):
+        for end in range(start, 50):
+            assert ranges.touches(start, end) == bool(ranges.clip(start, end))

@@ -19,6 +19,7 @@ from dataclasses import replace
 from agent import interrupts, net
 from agent.check import Target, find_obstacles, open_target
 from agent.errors import (
+    MigrationError,
     RefusedError,
     SetupError,
     TargetGone,
@@ -71,6 +72,9 @@ FREEZE_ATTEMPTS = 5
 CHILDREN_WAIT_S = 10.0
 """How long a target that has just forked a helper (BGSAVE...) may keep it before the migration gives up."""
 
+DYING_MS = 100
+"""How long a killed process may take to be gone; system calls on it fail before that."""
+
 
 def send(options: SendOptions, reporter: Reporter) -> int:
     """Carry out one ``agent-send``; return the exit status.
@@ -98,10 +102,12 @@ def send(options: SendOptions, reporter: Reporter) -> int:
 
 @contextlib.contextmanager
 def _death_explained(target: Target, migration: _Migration) -> Iterator[None]:
-    """Name the cause where a target that exited or was killed shows as some failed system call."""
+    """Name the cause where a target that exited or was killed shows as some failed call or odd reading."""
     try:
         yield
-    except OSError as err:
+    except MigrationError:
+        raise
+    except Exception as err:
         if has_exited(target.pidfd):
             raise TargetGone(f"Process {target.pid} exited in {migration.phase}") from err
         raise
@@ -162,7 +168,7 @@ class _Migration:
             if not isinstance(err, UndecidedError):
                 self.store.forget_undecided(self.session)
                 reason = str(err) or type(err).__name__
-                if isinstance(err, OSError) and has_exited(self.target.pidfd):
+                if not isinstance(err, MigrationError) and has_exited(self.target.pidfd):
                     reason = f"Process {self.target.pid} exited"
                 link.abort(self.phase, reason, _obstacles_of(err))
             raise
@@ -344,6 +350,9 @@ class _Migration:
             with self._phase("commit", frozen=True):
                 # From here on the target must not run again if this agent dies: the hold outlives it.
                 tracer.hold()
+                if has_exited(self.target.pidfd, wait_ms=0):
+                    # Killed while it was frozen: whoever did that does not want a copy that lives on.
+                    raise TargetGone(f"Process {self.target.pid} was killed")
                 commit_ns = time.monotonic_ns()
                 resumed = self._commit(link, tracer)
                 resumed_ns = time.monotonic_ns()
@@ -425,9 +434,11 @@ class _Migration:
         )
 
 
-def has_exited(pidfd: int) -> bool:
-    """Tell whether the process has exited, reaped or not."""
-    return bool(select.select([pidfd], [], [], 0)[0])
+def has_exited(pidfd: int, *, wait_ms: int = DYING_MS) -> bool:
+    """Tell whether the process has exited, reaped or not, or is about to."""
+    end = select.poll()
+    end.register(pidfd, select.POLLIN)
+    return bool(end.poll(wait_ms))
 
 
 def _stats(report: RoundReport) -> RoundStats:

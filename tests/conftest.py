@@ -5,9 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.hosts import Host, host_pair
 from tests.prerequisites import require_namespaces
+
+# A busy machine is no reason to fail: no example may be too slow, and the same ones are tried each time.
+settings.register_profile(
+    "ferry", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("ferry")
 
 
 @pytest.fixture

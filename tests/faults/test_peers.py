@@ -254,7 +254,16 @@ def test_link_that_is_cut(arena: Arena) -> None:
     argv = [*AGENT_SEND, "--json", f"--state-dir={state}", "--io-timeout=3"]
     argv += ["--bandwidth-limit=1M", "--compress=none", str(arena.pid), receiver.address]
     sender = arena.here.popen(argv)
-    time.sleep(1.5)  # into the first round, which takes seconds at this rate
+    table = Path(f"/proc/{arena.there.init_pid}/net/tcp")
+    established = f"{7007:04X}"
+    wait_until(
+        lambda: any(
+            line.split()[1].endswith(":" + established) and line.split()[3] == "01"
+            for line in table.read_text().splitlines()[1:]
+        ),
+        "the connection",
+    )
+    time.sleep(1.0)  # into the first round, which takes seconds at this rate
     interface = next(
         line.split("@")[0]
         for line in arena.here.run(["ip", "-brief", "link"]).stdout.decode().splitlines()

@@ -23,6 +23,7 @@ from agent.state import (
     unixsk,
 )
 from agent.state.openfile import O_PATH, Description, DumpJob, FileKind
+from agent.tracker.layout import is_posix_shm
 
 FILE_KINDS: dict[str, FileKind[Any]] = {
     kind.name: kind
@@ -60,8 +61,8 @@ HINTS = {
 
 _ANON = re.compile(r"anon_inode:\[?([^\]]*)\]?$")
 
-MEMORY_PATHS = ("/dev/shm/", "/dev/zero", "/SYSV")
-"""Regular files of tmpfs that are shared memory (agent.state.shmem)."""
+MEMORY_PATHS = ("/dev/zero", "/SYSV")
+"""Regular files without a path that are shared memory (agent.state.shmem)."""
 
 
 def kind_of(job: DumpJob, desc: Description) -> FileKind[Any] | None:
@@ -94,7 +95,8 @@ def _kind_of_path(job: DumpJob, desc: Description) -> str:
     if desc.link.startswith(("/memfd:", "/secretmem", "/anon_hugepage")):
         return "memfd"
     if desc.flags & O_PATH or stat.S_ISREG(mode) or stat.S_ISDIR(mode):
-        if stat.S_ISREG(mode) and not desc.flags & O_PATH and desc.link.startswith(MEMORY_PATHS):
+        is_memory = desc.link.startswith(MEMORY_PATHS) or is_posix_shm(desc.link)
+        if stat.S_ISREG(mode) and not desc.flags & O_PATH and is_memory:
             # POSIX shared memory travels with its contents, as its mappings do.
             return "memfd"
         return "regular"

@@ -25,6 +25,7 @@ LOWEST_ADDRESS = 1 << 16
 HIGHEST_ADDRESS = (1 << 47) - (1 << 12)
 """End of user space on x86_64 with four levels of page tables; with five, mappings beyond are asked for by address."""
 
+_POSIX_SHM = "/dev/shm/"
 _SPECIAL = frozenset({"[vdso]", "[vvar]", "[vvar_vclock]", "[vsyscall]", "[uprobes]", "[vectors]", "[sigpage]"})
 
 
@@ -44,7 +45,12 @@ def is_shared_object(entry: MapsEntry) -> bool:
         return False
     if os.makedev(entry.dev_major, entry.dev_minor) == internal_tmpfs_device():
         return True
-    return entry.path.startswith(("/dev/shm/", "/memfd:"))
+    return entry.path.startswith("/memfd:") or is_posix_shm(entry.path)
+
+
+def is_posix_shm(path: str) -> bool:
+    """Say whether a path is a POSIX shared memory object (shm_overview(7)): those have no folders."""
+    return path.startswith(_POSIX_SHM) and "/" not in path[len(_POSIX_SHM) :]
 
 
 def shared_key(entry: MapsEntry) -> SharedKey:

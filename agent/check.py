@@ -7,6 +7,7 @@ Reads procfs and looks at descriptors through a pidfd; the target runs no call o
 from __future__ import annotations
 
 import os
+import select
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -25,6 +26,9 @@ from agent.state.vma import LayoutDumper
 from agent.tracker.base import SharedKey
 from agent.tracker.layout import shared_key
 from agent.types import Obstacle, Pid
+
+DYING_MS = 100
+"""How long a killed process may take to be gone; system calls on it fail before that."""
 
 
 @dataclass(slots=True)
@@ -137,4 +141,14 @@ def find_obstacles(target: Target) -> list[Obstacle]:
             f"Cannot examine process {target.pid}: {err}",
             hint="run agent-send as root, or with CAP_SYS_PTRACE and CAP_CHECKPOINT_RESTORE",
         ) from err
+    if found and has_exited(target.pidfd):
+        # What a dying process has open or mapped can no longer be examined: no obstacles, no process.
+        raise TargetGone(f"Process {target.pid} exited during the check")
     return found
+
+
+def has_exited(pidfd: int, *, wait_ms: int = DYING_MS) -> bool:
+    """Tell whether the process has exited, reaped or not, or is about to."""
+    end = select.poll()
+    end.register(pidfd, select.POLLIN)
+    return bool(end.poll(wait_ms))

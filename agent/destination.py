@@ -14,7 +14,7 @@ import os
 import signal
 from collections.abc import Iterator
 
-from agent import interrupts, reaper
+from agent import interrupts, reaper, restart_hints
 from agent.channel import Channel
 from agent.errors import (
     MigrationError,
@@ -170,6 +170,7 @@ class _Migration:
                 self.link.channel.poll_readable(self.options.io_timeout_s)
                 with interrupts.shielded(raise_after=False):
                     self._commit(rebuild)
+        restart_hints.save(self.options.state_dir, rebuild.pid)
         self._complete(rebuild, verified=True if end.digest else None)
         if self.options.wait:
             return rebuild.wait_exit()

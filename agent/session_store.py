@@ -108,6 +108,19 @@ def default_state_dir() -> str:
     return "/run/ferry" if not os.geteuid() else f"/tmp/ferry-{os.geteuid()}"
 
 
+def check_directory(directory: str) -> None:
+    """Insist on a directory in which nobody else may have had a hand: a record decides whether a process lives.
+
+    :raises UsageError: others may write to it. :raises OSError: it cannot be looked at.
+    """
+    status = os.stat(directory)
+    if status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o022:
+        raise UsageError(
+            f"Cannot use state directory {directory!r}: others may write to it",
+            hint="Name a private one with --state-dir.",
+        )
+
+
 def check_session(session: str) -> str:
     """Return ``session`` if it is the name of one.
 
@@ -260,15 +273,6 @@ class SessionStore:
     def _path(self, session: str, suffix: str) -> str:
         return os.path.join(self.directory, check_session(session) + suffix)
 
-    def _check_directory(self) -> None:
-        # A record decides whether a process lives: nobody else may have had a hand in it.
-        status = os.stat(self.directory)
-        if status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o022:
-            raise UsageError(
-                f"Cannot use state directory {self.directory!r}: others may write to it",
-                hint="Name a private one with --state-dir.",
-            )
-
     def _rename(self, temporary: str, session: str, suffix: str) -> None:
         try:
             os.rename(temporary, self._path(session, suffix))
@@ -292,7 +296,7 @@ class SessionStore:
         path = os.path.join(self.directory, f".{session}.{os.getpid()}.tmp")
         try:
             os.makedirs(self.directory, mode=0o700, exist_ok=True)
-            self._check_directory()
+            check_directory(self.directory)
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
@@ -314,7 +318,7 @@ class SessionStore:
     def _read(self, session: str, suffix: str, kind: type[_Record]) -> _Record | None:
         path = self._path(session, suffix)
         try:
-            self._check_directory()
+            check_directory(self.directory)
             with open(path, encoding="utf-8", errors="surrogateescape") as stream:
                 values = json.loads(stream.read(MAX_RECORD_BYTES))
             names = {item.name for item in fields(kind)}

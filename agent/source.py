@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import select
 import signal
 import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 
-from agent import interrupts, net
-from agent.check import Target, find_obstacles, open_target
+from agent import interrupts, net, restart_hints
+from agent.check import Target, find_obstacles, has_exited, open_target
 from agent.errors import (
     MigrationError,
     RefusedError,
@@ -72,9 +71,6 @@ FREEZE_ATTEMPTS = 5
 CHILDREN_WAIT_S = 10.0
 """How long a target that has just forked a helper (BGSAVE...) may keep it before the migration gives up."""
 
-DYING_MS = 100
-"""How long a killed process may take to be gone; system calls on it fail before that."""
-
 
 def send(options: SendOptions, reporter: Reporter) -> int:
     """Carry out one ``agent-send``; return the exit status.
@@ -105,12 +101,15 @@ def _death_explained(target: Target, migration: _Migration) -> Iterator[None]:
     """Name the cause where a target that exited or was killed shows as some failed call or odd reading."""
     try:
         yield
-    except MigrationError:
-        raise
     except Exception as err:
-        if has_exited(target.pidfd):
+        if _may_be_death(err) and has_exited(target.pidfd):
             raise TargetGone(f"Process {target.pid} exited in {migration.phase}") from err
         raise
+
+
+def _may_be_death(error: BaseException) -> bool:
+    # Obstacles, too: what a dying process has open or mapped can no longer be examined.
+    return isinstance(error, RefusedError) or not isinstance(error, MigrationError)
 
 
 @contextlib.contextmanager
@@ -168,12 +167,16 @@ class _Migration:
             if not isinstance(err, UndecidedError):
                 self.store.forget_undecided(self.session)
                 reason = str(err) or type(err).__name__
-                if not isinstance(err, MigrationError) and has_exited(self.target.pidfd):
-                    reason = f"Process {self.target.pid} exited"
-                link.abort(self.phase, reason, _obstacles_of(err))
+                obstacles = _obstacles_of(err)
+                if _may_be_death(err) and has_exited(self.target.pidfd):
+                    reason, obstacles = f"Process {self.target.pid} exited", ()
+                link.abort(self.phase, reason, obstacles)
+                restart_hints.save(self.options.state_dir, self.target.pid)
             raise
         finally:
             channel.close_gracefully()
+        if self.options.leave_running:
+            restart_hints.save(self.options.state_dir, self.target.pid)
         self.reporter.completed(report)
 
     @contextlib.contextmanager
@@ -222,6 +225,7 @@ class _Migration:
     def _armed(self) -> Iterator[ScanTracker]:
         """Watch the target's memory for as long as the body runs; only one thread is stopped, once."""
         with self._phase("arm"):
+            restart_hints.load(self.options.state_dir, self.target.pid)
             with Tracer(self.target.pid) as tracer:
                 thread = tracer.stop(pick_injection_thread(self.target.pid))
                 with Injector(tracer) as injector:
@@ -432,13 +436,6 @@ class _Migration:
             timeline=self.clock.spans,
             notes=self.notes,
         )
-
-
-def has_exited(pidfd: int, *, wait_ms: int = DYING_MS) -> bool:
-    """Tell whether the process has exited, reaped or not, or is about to."""
-    end = select.poll()
-    end.register(pidfd, select.POLLIN)
-    return bool(end.poll(wait_ms))
 
 
 def _stats(report: RoundReport) -> RoundStats:

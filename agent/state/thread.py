@@ -71,6 +71,7 @@ from agent.target.restart import (
     apply_restart,
     dump_restart,
     leave_rseq_section,
+    note_restart,
     rearm_restart_block,
 )
 from protocol.state.thread import ThreadState
@@ -278,6 +279,7 @@ def restore_thread_ptrace(
     regs = user_regs_struct.from_buffer_copy(state.regs)
     if state.restart is not None:
         regs = apply_restart(regs, rearm_restart_block(tracer, injector, thread, state.restart))
+        note_restart(thread, regs, state.restart)
     layout = layout_of(ptrace.getregset(thread.tid, NT_X86_XSTATE))
     if len(state.xstate) < LEGACY_AND_HEADER_BYTES:
         raise RestoreError(f"Extended registers of thread {state.tid} are cut short")

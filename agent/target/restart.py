@@ -19,6 +19,10 @@ longer sleep: a program is never woken early.
 - A thread that woke and slept again between the sample and the stop would seem to have slept too long: the count of its
   voluntary context switches tells, and the sample is not used.
 
+A thread let go with a restart block shows as being in restart_syscall, whatever it was. The agent that let it go knows
+and leaves a hint (agent.restart_hints); else the kernel function that it sleeps in tells, and the instructions before
+the call, and its end comes late rather than early.
+
 Times are nanoseconds of CLOCK_MONOTONIC. Addresses are target addresses. Sources: signal(7), kernel/signal.c,
 kernel/time/hrtimer.c, fs/select.c, kernel/futex/waitwake.c, kernel/sched/fair.c.
 """
@@ -32,12 +36,13 @@ import re
 import signal
 import struct
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from agent.kernel import ptrace
 from agent.kernel import syscalls as nr
 from agent.kernel.arch import SYSCALL_ARGUMENTS, user_regs_struct
+from agent.procfs.files import read_text
 from agent.procfs.process import list_tids
 from agent.procfs.sched import parse_sched
 from agent.procfs.stat import read_task_stat
@@ -115,21 +120,28 @@ _DEFAULT_IGNORED: Final = sum(
 _SLEW_DIVISOR: Final = 2000
 """1/500 ppm: how much faster than CLOCK_MONOTONIC another clock may run."""
 _SLACK_NS: Final = 100_000
+_LOWEST_ADDRESS: Final = 4096
+"""No pointer is below, and above no clock number but the negative ones of CPU clocks."""
+_CPU_CLOCKS: Final = (time.CLOCK_PROCESS_CPUTIME_ID, time.CLOCK_THREAD_CPUTIME_ID)
 _VOLUNTARY_SWITCHES: Final = re.compile(rb"^voluntary_ctxt_switches:\s*(\d+)", re.MULTILINE)
 
 
 class SleepSample(NamedTuple):
-    """A thread seen asleep in system call ``nr``, before it was interrupted."""
+    """A thread seen asleep in a system call, before it was interrupted."""
 
     nr: int
+    """The call; in place of restart_syscall the one that it goes on with."""
     args: tuple[int, ...]
     asleep_since_ns: int | None
     """Not earlier than it fell asleep; None where the kernel does not tell."""
     voluntary_switches: int
 
 
-class _Known(NamedTuple):
-    """What a call was before the kernel turned it into restart_syscall, which shows only as that from then on."""
+class KnownCall(NamedTuple):
+    """What a call was before the kernel turned it into restart_syscall, which shows only as that from then on.
+
+    agent.restart_hints keeps these for a later agent.
+    """
 
     nr: int
     args: tuple[int, ...]
@@ -138,7 +150,18 @@ class _Known(NamedTuple):
     deadline_ns: int | None
 
 
-_known: dict[tuple[int, int], _Known] = {}
+_known: dict[tuple[int, int], KnownCall] = {}
+"""By pid and tid, as the agent sees them."""
+
+
+def learn_calls(pid: int, calls: Mapping[int, KnownCall]) -> None:
+    """Take over, by tid, what threads in restart_syscall were interrupted in before."""
+    _known.update(((pid, tid), call) for tid, call in calls.items())
+
+
+def take_calls(pid: int) -> dict[int, KnownCall]:
+    """Return, by tid, what learn_calls() should be told when the process is stopped again, and forget it."""
+    return {tid: _known.pop((owner, tid)) for owner, tid in list(_known) if owner == pid}
 
 
 # -- samples ----------------------------------------------------------------------------------------------------------
@@ -164,7 +187,15 @@ def _sample(pid: int, tids: Sequence[int]) -> dict[int, SleepSample]:
     for tid in tids:
         try:
             call = read_syscall(pid, tid)
-            if call is None or call.nr not in _SAMPLED or not _has_limit(call.nr, call.args):
+            if call is None:
+                continue
+            if call.nr == nr.NR_restart_syscall:
+                switches = _voluntary_switches(pid, tid)
+                number = guess_restarted(read_text(f"/proc/{pid}/task/{tid}/wchan"), call.args)
+                if number is not None:
+                    samples[int(tid)] = SleepSample(number, call.args, None, switches)
+                continue
+            if call.nr not in _SAMPLED or not _has_limit(call.nr, call.args):
                 continue
             switches = _voluntary_switches(pid, tid)
             samples[int(tid)] = SleepSample(call.nr, call.args, None, switches)
@@ -181,11 +212,27 @@ def _sample(pid: int, tids: Sequence[int]) -> dict[int, SleepSample]:
     return samples
 
 
+def guess_restarted(wchan: str, args: tuple[int, ...]) -> int | None:
+    """Tell which call a thread in restart_syscall has made, from the kernel function it sleeps in."""
+    if "futex" in wchan:
+        return nr.NR_futex
+    if "poll" in wchan:
+        return nr.NR_poll
+    # The sleep proper does not count as a function to sleep in: what shows may be its caller's caller.
+    if any(part in wchan for part in ("sleep", "restart_syscall", "do_syscall_64")):
+        is_clock = args[0] < _LOWEST_ADDRESS or "cpu" in wchan
+        return nr.NR_clock_nanosleep if is_clock else nr.NR_nanosleep
+    return None
+
+
 def _has_limit(number: int, args: tuple[int, ...]) -> bool:
     if number in _MILLISECONDS_ARGUMENT:
         return _signed_int(args[_MILLISECONDS_ARGUMENT[number]]) > 0
-    if number == nr.NR_clock_nanosleep and args[1] & _TIMER_ABSTIME:
-        return False
+    if number == nr.NR_clock_nanosleep:
+        # Nobody knows when a sleep by CPU time ends: it begins anew.
+        clock = _signed_int(args[0])
+        if args[1] & _TIMER_ABSTIME or clock < 0 or clock in _CPU_CLOCKS:
+            return False
     if number == nr.NR_futex and args[1] & _FUTEX_CMD_MASK != _FUTEX_WAIT:
         return False
     return args[_TIMESPEC_ARGUMENT[number]] != 0
@@ -229,6 +276,21 @@ def _clock_offsets_ns(cpus: Iterable[int]) -> dict[int, int]:
     finally:
         os.sched_setaffinity(0, allowed)
     return offsets
+
+
+def sleep_number(pid: int, tid: int, call: KnownCall) -> int | None:
+    """Return which of its sleeps a thread is in, counted since it began; None when it is not asleep in ``call``.
+
+    Only when the kernel goes on with it in restart_syscall: the same number later means the very same sleep.
+    """
+    try:
+        switches = _voluntary_switches(pid, tid)
+        info = read_syscall(pid, tid)
+        if info is None or info != (nr.NR_restart_syscall, call.args, call.rsp, call.rip):
+            return None
+        return switches if _voluntary_switches(pid, tid) == switches else None
+    except OSError:
+        return None
 
 
 def disturbance(pid: int, tid: int) -> int | None:
@@ -384,7 +446,7 @@ def remaining_ns(thread: TracedThread, request_ns: int | None) -> int | None:
 
 def _matches(sample: SleepSample, thread: TracedThread) -> bool:
     regs = thread.regs
-    if sample.nr != regs.orig_rax or sample.args != _arguments(regs):
+    if regs.orig_rax not in (sample.nr, nr.NR_restart_syscall) or sample.args != _arguments(regs):
         return False
     # Our stop is the one switch since the sample.
     return _voluntary_switches(thread.pid, thread.tid) == sample.voluntary_switches + 1
@@ -451,7 +513,7 @@ def settle(thread: TracedThread, memory: TargetMemory) -> None:
         return
     if regs.orig_rax == nr.NR_restart_syscall:
         return
-    call = _Known(regs.orig_rax, _arguments(regs), regs.rip, regs.rsp, None)
+    call = KnownCall(regs.orig_rax, _arguments(regs), regs.rip, regs.rsp, None)
     if _has_time_limit(call.nr, call.args):
         remaining = _restart_remaining_ns(thread, memory, call)
         deadline = time.clock_gettime_ns(time.CLOCK_MONOTONIC) + remaining
@@ -459,15 +521,19 @@ def settle(thread: TracedThread, memory: TargetMemory) -> None:
     _known[thread.pid, thread.tid] = call
 
 
-def _identify(thread: TracedThread, memory: TargetMemory) -> _Known | None:
+def _identify(thread: TracedThread, memory: TargetMemory) -> KnownCall | None:
     regs = thread.regs
     args = _arguments(regs)
     known = _known.get((thread.pid, thread.tid))
     if known is not None and known[1:4] == (args, regs.rip, regs.rsp):
         return known
     if regs.orig_rax in _RESTART_BLOCK_CALLS:
-        return _Known(regs.orig_rax, args, regs.rip, regs.rsp, None)
-    # Stopped before by somebody else. Most code loads the number right before the instruction: mov eax, imm32.
+        return KnownCall(regs.orig_rax, args, regs.rip, regs.rsp, None)
+    # Stopped before by somebody else, or by an agent that could not leave a hint.
+    sample = thread.sample
+    if sample is not None and _matches(sample, thread):
+        return KnownCall(sample.nr, args, regs.rip, regs.rsp, None)
+    # Most code loads the number right before the instruction: mov eax, imm32.
     try:
         code = memory.read(regs.rip - 32, 32)
     except OSError:
@@ -476,12 +542,12 @@ def _identify(thread: TracedThread, memory: TargetMemory) -> _Known | None:
     while at >= 0:
         number = int.from_bytes(code[at + 1 : at + 5], "little")
         if number in _RESTART_BLOCK_CALLS and at + 5 <= len(code) - _SYSCALL_BYTES:
-            return _Known(number, args, regs.rip, regs.rsp, None)
+            return KnownCall(number, args, regs.rip, regs.rsp, None)
         at = code.rfind(b"\xb8", 0, at)
     return None
 
 
-def _restart_remaining_ns(thread: TracedThread, memory: TargetMemory, call: _Known) -> int:
+def _restart_remaining_ns(thread: TracedThread, memory: TargetMemory, call: KnownCall) -> int:
     if call.deadline_ns is not None:
         return max(call.deadline_ns - time.clock_gettime_ns(time.CLOCK_MONOTONIC), 0)
     # The kernel has just written what remains where the program asked for it.
@@ -521,6 +587,13 @@ def rearm_restart_block(
         return injector.interrupted_syscall(thread, state.nr, *args)
     finally:
         ptrace.setsigmask(thread.tid, before)
+
+
+def note_restart(thread: TracedThread, regs: user_regs_struct, state: RestartState) -> None:
+    """Note what a restored thread with a restart block was interrupted in; it goes on with ``regs``."""
+    deadline = time.clock_gettime_ns(time.CLOCK_MONOTONIC) + state.remaining_ns
+    call = KnownCall(state.nr, _arguments(regs), regs.rip, regs.rsp, deadline)
+    _known[thread.pid, thread.tid] = call
 
 
 def apply_restart(regs: user_regs_struct, result: int) -> user_regs_struct:

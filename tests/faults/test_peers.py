@@ -74,7 +74,9 @@ def nothing_left(*hosts: Host, but: int = 0) -> None:
 
 
 def no_records(directory: Path) -> None:
-    found = [path.name for path in directory.glob("state-*/*") if "decision" not in path.name]
+    """Nothing is undecided, nothing half-written; decisions and restart hints may stay."""
+    kept = (".decision.json", ".restart.json")
+    found = [path.name for path in directory.glob("state-*/*") if not path.name.endswith(kept)]
     found += [path.name for path in directory.glob("state-*/.*")]
     assert not found, found
 
@@ -145,7 +147,8 @@ def test_target_exits_execs_or_forks_meanwhile(
     if sent.status == COMPLETED:
         # It was frozen before it could do so, or has done it and was waited for.
         assert not source.outer_pid(victim.inner), story
-        assert destination.outer_pid(victim.inner), story
+        # One that was to exit has exited over there.
+        assert what == "exit" or destination.outer_pid(victim.inner), story
         return
     assert sent.status in (FAILED, REFUSED), story
     assert what != "fork", story

@@ -193,6 +193,53 @@ def test_restart_block_can_be_built_anew(name: str) -> None:
         child.wait()
 
 
+@pytest.mark.parametrize(
+    ("call", "number", "seconds_left"),
+    [
+        ("syscall(L(35), ts(2), None)", NR_nanosleep, 2.0),
+        ("syscall(L(35), ts(2), ts(0))", NR_nanosleep, 1.6),
+        ("syscall(L(230), L(1), L(0), ts(2), None)", NR_clock_nanosleep, 2.0),
+        ("syscall(L(230), L(1), L(0), ts(2), ts(0))", NR_clock_nanosleep, 1.6),
+        ("syscall(L(7), pfd, L(1), L(2000))", NR_poll, 2.0),
+        (TIMED["futex"][0].replace("ts(1)", "ts(2)"), NR_futex, 2.0),
+    ],
+)
+def test_call_stopped_by_somebody_else_before_is_found_out(
+    call: str, number: int, seconds_left: float
+) -> None:
+    """Nobody has noted it and no instruction tells it; what remains is the remainder, or unknown and thus all."""
+    child = start(call)
+    try:
+        time.sleep(0.4)
+        os.kill(child.pid, signal.SIGSTOP)
+        wait_for(lambda: state_of(child.pid) == "T", "the child stops")
+        os.kill(child.pid, signal.SIGCONT)
+        wait_for(lambda: state_of(child.pid) == "S", "the child sleeps again")
+        with Tracer(child.pid) as tracer:
+            _regs, state = restart.dump_restart(tracer.stop(child.pid), tracer.memory)
+        assert state is not None and state.nr == number
+        assert seconds_left - 1.0 < state.remaining_ns / 1e9 <= seconds_left
+    finally:
+        child.kill()
+        child.wait()
+
+
+@pytest.mark.parametrize(
+    ("wchan", "first", "number"),
+    [
+        ("futex_wait_queue_me", 1 << 40, NR_futex),
+        ("do_sys_poll", 1 << 40, NR_poll),
+        ("hrtimer_nanosleep_restart", 1 << 40, NR_nanosleep),
+        ("do_syscall_64", 1, NR_clock_nanosleep),
+        ("do_cpu_nanosleep", 0xFFFFFFFA, NR_clock_nanosleep),
+        ("0", 1, None),
+        ("pipe_read", 1, None),
+    ],
+)
+def test_restarted_call_is_told_by_where_it_sleeps(wchan: str, first: int, number: int | None) -> None:
+    assert restart.guess_restarted(wchan, (first, 0, 0, 0, 0, 0)) == number
+
+
 def test_rearmed_call_that_returns_at_once_gives_its_result() -> None:
     child = start(TIMED["futex"][0])
     try:

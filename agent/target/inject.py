@@ -51,7 +51,7 @@ from agent.target import restart
 from agent.target import routine_x86_64 as routine
 from agent.target.batch import Batch, Blob, BlobAddress, Call, Cell, Packed
 from agent.target.tail import ALL_BLOCKED, Tail, find_tail
-from agent.target.tracer import StopKind, TracedThread, Tracer
+from agent.target.tracer import StopKind, TracedThread, Tracer, pause
 from agent.types import PAGE_SIZE
 
 __all__ = ["Batch", "Blob", "BlobAddress", "Call", "Cell", "Injector"]
@@ -259,10 +259,7 @@ class Injector:
                 if looks % 8 == 0:
                     self._serve_stops(threads)
                 waited = time.monotonic() - began
-                if waited < 0.002:
-                    os.sched_yield()
-                else:
-                    time.sleep(0.0002)
+                pause(waited)
                 if waited > RUN_TIMEOUT_S:
                     raise FreezeError(
                         f"System calls injected into thread {thread.tid} of process {self.tracer.pid} do not end"

@@ -50,8 +50,12 @@ _SWALLOW_S: Final = 0.1
 _ALL_SIGNALS: Final = (1 << 64) - 1
 _REAP_S: Final = 1.0
 """How long to wait for killed threads to end."""
-_SPIN_S: Final = 0.002
-"""How long to wait for a stop by yielding the CPU, before sleeping between looks."""
+_SPIN_S: Final = 0.00005
+"""How long to wait by yielding the CPU, before sleeping between looks: an urgent agent yields to nobody, and
+the very thread it waits for may need its CPU."""
+_SHORT_PAUSE_S: Final = 0.00002
+_PATIENT_S: Final = 0.002
+"""After so long, looks may be farther apart."""
 _LOOK: Final = os.WEXITED | os.WSTOPPED | os.WNOHANG | os.WNOWAIT | wait.WALL
 _EVENTS_OF_CHILDREN: Final = (
     ptrace.PTRACE_EVENT_CLONE,
@@ -448,8 +452,8 @@ class Tracer:
             if stop is not None:
                 return stop
             waited = time.monotonic() - began
-            if waited < _SPIN_S:
-                os.sched_yield()
+            if waited < _PATIENT_S:
+                pause(waited)
                 continue
             self._check_alive(thread)
             if waited > timeout_s:
@@ -581,6 +585,14 @@ class Tracer:
             f"Thread {thread.tid} of process {self.pid} did not stop within {timeout_s:g} s (state {state})",
             hint="a thread in uninterruptible sleep (state D: disk, NFS, vfork) cannot be stopped",
         )
+
+
+def pause(waited_s: float) -> None:
+    """Let others run between two looks at something that has been waited for so long."""
+    if waited_s < _SPIN_S:
+        os.sched_yield()
+    else:
+        time.sleep(_SHORT_PAUSE_S if waited_s < _PATIENT_S else 10 * _SHORT_PAUSE_S)
 
 
 def release_hold(pid: int) -> None:

@@ -226,10 +226,14 @@ def test_target_that_dies_meanwhile_is_an_ordinary_failure(
 ) -> None:
     workload = start(source, tmp_path)
     receiver = Receiver(destination, tmp_path)
-    with killed_after(workload.process.kill, 0.5):
+    with killed_after(workload.process.kill, 1.5):
         run = agent_send(
             source, tmp_path, "--bandwidth-limit=2M", "--compress=none", workload.pid, receiver.address
         )
     assert run.status == FAILED, str(run)
-    assert receiver.finish().status == FAILED
+    if any(event["event"] == "connected" for event in run.events):
+        assert receiver.finish().status == FAILED
+    else:
+        receiver.process.kill()  # nobody came, on a very busy machine: it waits on
+        receiver.finish()
     assert destination.processes() == {}

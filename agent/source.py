@@ -354,7 +354,7 @@ class _Migration:
             with self._phase("commit", frozen=True):
                 # From here on the target must not run again if this agent dies: the hold outlives it.
                 tracer.hold()
-                if has_exited(self.target.pidfd, wait_ms=0):
+                if not tracer.still_stopped():
                     # Killed while it was frozen: whoever did that does not want a copy that lives on.
                     raise TargetGone(f"Process {self.target.pid} was killed")
                 commit_ns = time.monotonic_ns()

@@ -373,6 +373,13 @@ class Tracer:
         os.kill(self.pid, signal.SIGSTOP)
         self._set_held(True)
 
+    def still_stopped(self) -> bool:
+        """Tell whether the stopped process is still there: a SIGKILL takes threads out of any stop at once."""
+        try:
+            return read_stat(self.pid).state == "t"
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+
     def unhold(self) -> None:
         """Take back hold(): the SIGSTOP is taken from its queue and dropped; the threads stay stopped.
 

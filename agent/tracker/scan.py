@@ -140,6 +140,7 @@ class ScanTracker:
         self._registered = RangeSet()
         self._fresh = RangeSet()  # registered, never scanned
         self._suspect = RangeSet()  # a report was lost
+        self._late = RangeSet()  # registered, or in doubt, since the first look
         self._sent = RangeSet()
         self._last_written = RangeSet()
         self._remapped: set[SharedKey] = set()
@@ -323,6 +324,8 @@ class ScanTracker:
             return err
         self._registered.update(new)
         self._fresh.update(new)
+        if self.nr_collects:
+            self._late.add(start, end)
         self._stats.nr_registered += 1
         return None
 
@@ -356,6 +359,8 @@ class ScanTracker:
         stored: dict[SharedKey, RangeSet] = {}
         try:
             self._retry_excluded()
+            if final:
+                self._doubt_late_ranges()
             for _ in range(MAX_FINAL_PASSES if final else MAX_PASSES):
                 self._stats.nr_passes += 1
                 self._refresh()
@@ -367,6 +372,7 @@ class ScanTracker:
             if final:
                 self._check_excluded()
                 guards = self._guards()
+                self._late = RangeSet()
         except OSError as err:
             if err.errno in _GONE:
                 raise TargetGone("The target exited or called exec", pid=self.pid) from err
@@ -388,6 +394,16 @@ class ScanTracker:
             shared=shared,
             stats=self._stats,
         )
+
+    def _doubt_late_ranges(self) -> None:
+        """Have the final look take nothing for granted where mappings came, moved or merged meanwhile.
+
+        mremap(2) carries protection bits along and can strip the registration of a neighbour that it merges
+        with; under a storm of such calls a page was, rarely, taken for clean that was not. What has been there
+        all along is not affected, so a calm target pays nothing.
+        """
+        self._refresh()
+        self._suspect.update(self._late.intersect(self._layout.private))
 
     def _pass(
         self, pages: RangeSet, absent: RangeSet, stored: dict[SharedKey, RangeSet]
@@ -484,6 +500,7 @@ class ScanTracker:
                 )
             except PermissionError:
                 self._suspect.add(start, end)
+                self._late.add(start, end)
                 settled = False  # the next fast scan meets the same mapping and finds out which
         return _select(found, 0, PAGE_IS_FILE) if of_file else _all_regions(found), settled
 

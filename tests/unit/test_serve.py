@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import threading
@@ -29,7 +30,9 @@ def knock(path: Path, times: int) -> threading.Thread:
             while True:
                 try:
                     with net.connect(parse_address(f"unix:{path}")) as channel:
-                        channel.send_buffers([b"!"])
+                        # A handler may be done, and gone, before anything was sent.
+                        with contextlib.suppress(PeerGone):
+                            channel.send_buffers([b"!"])
                     break
                 except SetupError:
                     pass

@@ -22,7 +22,7 @@ from agent.errors import (
     RestoreError,
     TransferError,
 )
-from agent.hostfacts import gather_host_facts
+from agent.hostfacts import gather_host_facts, require_machine
 from agent.link import Link, aborted, from_wire, to_wire
 from agent.options import RecvOptions
 from agent.preflight import find_restore_obstacles
@@ -68,6 +68,7 @@ def receive(options: RecvOptions, reporter: Reporter) -> int:
 
     :raises MigrationError: nothing can be received at the address, or the only migration failed.
     """
+    require_machine()
     load_all()
     reaper.install()
     return serve(options, reporter, lambda channel: _handle(channel, options, reporter))

@@ -25,7 +25,7 @@ from agent.errors import (
     TransferError,
     UndecidedError,
 )
-from agent.hostfacts import gather_host_facts
+from agent.hostfacts import gather_host_facts, require_machine
 from agent.kernel.features import kernel_features
 from agent.link import Link, from_wire, refused_by
 from agent.options import SendOptions
@@ -80,6 +80,7 @@ def send(options: SendOptions, reporter: Reporter) -> int:
     """
     if options.resolve:
         return resolve(options, reporter)
+    require_machine()
     load_all()
     with open_target(options.pid, options) as target:
         obstacles = find_obstacles(target)

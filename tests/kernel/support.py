@@ -24,6 +24,7 @@ from agent.kernel.pagemap import PagemapScanner
 from agent.kernel.prctl import PR_SET_PDEATHSIG, prctl
 from agent.kernel.syscalls import NR_recvfrom
 from agent.procfs.syscall import read_syscall
+from tests.prerequisites import require_root
 
 T = TypeVar("T")
 
@@ -52,9 +53,8 @@ def skip_unless_has_pagemap_scan() -> None:
 
 
 def skip_unless_root() -> None:
-    """Skip the test for an ordinary user."""
-    if os.geteuid() != 0:
-        pytest.skip("needs root")
+    """Skip the test for an ordinary user; with AGENT_TEST_FORCE=1 fail instead."""
+    require_root()
 
 
 def wait_for(condition: Callable[[], bool], what: str, *, timeout_s: float = 20.0) -> None:

@@ -10,8 +10,7 @@ Ferry holds only `_sent`, a superset of the private pages the destination holds.
     WRITTEN    not protected: written since, newly populated, dropped, or never populated at all.
 
 collect() makes passes until one meets no surprise:
-1. Read maps. Register what is new, everything populated there is dirty (the page tables may carry stale protection
-   after mremap on kernels before 6.13, so WRITTEN is not asked for).
+1. Read maps. Register what is new and lift the protection it may still carry (see below); all populated is dirty.
 2. Fast scan of all spans (WRITTEN and nothing else, no clearing): R.
 3. Detailed scan of windows around R, which reports and protects atomically, page by page under the page table lock:
    what is populated and WRITTEN is dirty (P). R - P that the destination holds is absent.
@@ -30,6 +29,12 @@ Races with a running target, and who repairs them:
   is scanned again without asking for WRITTEN;
 - unmapped: leaves `_sent` as absent. Unmapped and mapped again at once: unregistered, as above;
 - mprotect, mlock, fork, THP collapse and split: bits stay or the page becomes WRITTEN; never clean by mistake.
+
+Stale protection. A moved mapping that mremap merges with a registered neighbour costs that neighbour its registration
+but not the protection bits in its page tables (mremap_userfaultfd_prep() resets the merged VMA as a whole; before 6.13
+moved pages keep theirs too). Without a registration a store makes such a page writable and leaves the bit: once the
+range is registered again the page counts as clean, is skipped by PM_SCAN_WP_MATCHING, and stores to it are never seen.
+Hence every newly registered range is searched for protected pages first, and their protection is lifted.
 In the final round nothing races, so the answer is exact; a surprise there that repeats is an error.
 """
 
@@ -125,7 +130,6 @@ class ScanTracker:
 
     def __init__(self, pid: int, uffd_fd: int) -> None:
         self.pid = pid
-        self.nr_collects = 0
         self._uffd = uffd_fd
         self._scanner = PagemapScanner(pid)
         self._procmap = ProcmapQuery(pid)
@@ -140,7 +144,6 @@ class ScanTracker:
         self._registered = RangeSet()
         self._fresh = RangeSet()  # registered, never scanned
         self._suspect = RangeSet()  # a report was lost
-        self._late = RangeSet()  # registered, or in doubt, since the first look
         self._sent = RangeSet()
         self._last_written = RangeSet()
         self._remapped: set[SharedKey] = set()
@@ -324,10 +327,23 @@ class ScanTracker:
             return err
         self._registered.update(new)
         self._fresh.update(new)
-        if self.nr_collects:
-            self._late.add(start, end)
         self._stats.nr_registered += 1
+        self._lift_stale(new)
         return None
+
+    def _lift_stale(self, new: RangeSet) -> None:
+        # Nothing of `new` was protected by us since it was registered: what is, is left from an earlier registration.
+        # A resolved range costs no page tables, and the fast scan little.
+        for start, end in new:
+            try:
+                written = self._fast_scan(start, end, 0)
+                for stale in RangeSet((start, end)).subtract(_all_regions(written)):
+                    uffd.writeprotect(self._uffd, stale.start, stale.nr_bytes, False)
+            except OSError as err:
+                if err.errno == errno.ESRCH:
+                    raise TargetGone("The target exited or called exec", pid=self.pid) from err
+                # EPERM, ENOENT: part of it lost its registration again. EAGAIN: mappings change at this moment.
+                self._registered = self._registered.subtract(RangeSet((start, end)))
 
     def _refused(self, entry: MapsEntry, err: OSError) -> None:
         if err.errno == errno.ENOMEM:
@@ -359,8 +375,6 @@ class ScanTracker:
         stored: dict[SharedKey, RangeSet] = {}
         try:
             self._retry_excluded()
-            if final:
-                self._doubt_late_ranges()
             for _ in range(MAX_FINAL_PASSES if final else MAX_PASSES):
                 self._stats.nr_passes += 1
                 self._refresh()
@@ -372,7 +386,6 @@ class ScanTracker:
             if final:
                 self._check_excluded()
                 guards = self._guards()
-                self._late = RangeSet()
         except OSError as err:
             if err.errno in _GONE:
                 raise TargetGone("The target exited or called exec", pid=self.pid) from err
@@ -383,7 +396,6 @@ class ScanTracker:
         absent = absent.intersect(self._sent).union(held_nowhere).subtract(pages)
         self._sent = self._sent.subtract(absent).union(pages)
         shared = self._collect_shared(stored)
-        self.nr_collects += 1
         self._stats.seconds = time.perf_counter() - began
         return DirtySet(
             maps_text=self._maps_text,
@@ -394,16 +406,6 @@ class ScanTracker:
             shared=shared,
             stats=self._stats,
         )
-
-    def _doubt_late_ranges(self) -> None:
-        """Have the final look take nothing for granted where mappings came, moved or merged meanwhile.
-
-        mremap(2) carries protection bits along and can strip the registration of a neighbour that it merges
-        with; under a storm of such calls a page was, rarely, taken for clean that was not. What has been there
-        all along is not affected, so a calm target pays nothing.
-        """
-        self._refresh()
-        self._suspect.update(self._late.intersect(self._layout.private))
 
     def _pass(
         self, pages: RangeSet, absent: RangeSet, stored: dict[SharedKey, RangeSet]
@@ -500,7 +502,6 @@ class ScanTracker:
                 )
             except PermissionError:
                 self._suspect.add(start, end)
-                self._late.add(start, end)
                 settled = False  # the next fast scan meets the same mapping and finds out which
         return _select(found, 0, PAGE_IS_FILE) if of_file else _all_regions(found), settled
 

@@ -89,6 +89,31 @@ def test_unmap_event_holds_the_target_until_the_agent_reads_it() -> None:
         child.finish()
 
 
+def test_move_that_merges_with_a_tracked_neighbour_leaves_it_untracked_with_stale_protection() -> None:
+    with tracked_puppet() as tracked:
+        child = tracked.child
+        area = child.map(64, prot=mman.PROT_NONE)
+        base, away = area + 16 * PAGE, area + 40 * PAGE
+        child.map(16, at=base, flags=mman.MAP_PRIVATE | mman.MAP_ANONYMOUS | mman.MAP_FIXED)
+        child.run(mman.madvise, base, 16 * PAGE, mman.MADV_NOHUGEPAGE)
+        child.poke(base, b"x" * 16 * PAGE)
+        tracked.register(base, 16)
+        tracked.scan(base, 16, **CLEAR_WRITTEN)
+        move = mman.MREMAP_MAYMOVE | mman.MREMAP_FIXED
+        child.run(mman.mremap, base + 8 * PAGE, 8 * PAGE, 8 * PAGE, move, away)
+        tracked.register(away, 8)
+        child.run(mman.mremap, away, 8 * PAGE, 8 * PAGE, move, base + 8 * PAGE)
+        with pytest.raises(PermissionError):
+            tracked.scan(base, 1, **GET_WRITTEN)
+        child.poke(base, b"y")  # becomes writable
+        tracked.register(base, 16)
+        tracked.scan(base, 16, **CLEAR_WRITTEN)
+        child.poke(base, b"z")
+        assert tracked.scan(base, 16, **GET_WRITTEN) == []  # the store is lost
+        uffd.writeprotect(tracked.uffd, base, 16 * PAGE, False)
+        assert tracked.scan(base, 16, **GET_WRITTEN) == [(0, 16, PAGE_IS_WRITTEN)]
+
+
 def test_populated_pages_survive_a_protected_round_with_their_content() -> None:
     with tracked_puppet() as tracked:
         base = tracked.child.map(64)

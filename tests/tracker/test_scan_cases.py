@@ -25,6 +25,7 @@ libc.mmap.restype = ctypes.c_void_p
 libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]
 libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
 B, P = {BASE}, {PAGE}
 print(os.getpid(), libc.syscall(323, os.O_CLOEXEC | os.O_NONBLOCK | 1), flush=True)
 for line in sys.stdin:
@@ -90,6 +91,22 @@ def test_change_between_rounds(target: Target, name: str) -> None:
     target.check()
     if name == "memfd read-only":
         assert any(b"x" * 4096 in space.values() for space in target.replica.spaces.values())
+
+
+def test_stores_show_after_a_move_merged_with_a_tracked_neighbour(target: Target) -> None:
+    # The merge takes the registration of the neighbour and leaves its protection bits: see agent/tracker/scan.py.
+    target.run("ctypes.memset(B, 7, 16 * P); away = libc.mmap(None, 8 * P, 0, 0x22, -1, 0)")
+    target.tracker.arm()
+    target.replica.round(final=False)
+    target.run("libc.mremap(B + 8 * P, 8 * P, 8 * P, 3, away)")
+    target.replica.round(final=False)
+    target.run("libc.mremap(away, 8 * P, 8 * P, 3, B + 8 * P)")
+    target.run("ctypes.memset(B, 8, 16 * P)")  # without a registration: writable now, and still marked as protected
+    target.replica.round(final=False)
+    target.run("ctypes.memset(B + P, 9, 3 * P)")
+    dirty = target.replica.round(final=False)
+    assert dirty.pages.clip(BASE, BASE + 16 * PAGE).pairs.tolist() == [BASE + PAGE, BASE + 4 * PAGE]
+    target.check()
 
 
 def test_idle_target_has_nothing_to_send(target: Target) -> None:

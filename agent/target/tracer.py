@@ -173,10 +173,13 @@ class Tracer:
         """Ids (as the agent sees them) of threads and processes made by traced threads, oldest first."""
         self.stopped_ns = 0
         """When stop_all() stopped the first thread, by CLOCK_MONOTONIC."""
-        self._options = ptrace.PTRACE_O_TRACESYSGOOD | ptrace.PTRACE_O_TRACEEXEC
+        self._options = ptrace.PTRACE_O_TRACESYSGOOD
         if kill_on_exit:
+            # No exec events: the skeleton may not have left its own exec yet, though its descriptors are closed.
             self._options |= ptrace.PTRACE_O_EXITKILL | ptrace.PTRACE_O_TRACECLONE
             self._options |= ptrace.PTRACE_O_TRACEFORK | ptrace.PTRACE_O_TRACEVFORK
+        else:
+            self._options |= ptrace.PTRACE_O_TRACEEXEC
         self.memory = TargetMemory(pid)
         if not kill_on_exit:
             wait_healed(pid, self.memory)

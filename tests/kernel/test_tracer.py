@@ -272,3 +272,22 @@ def test_injection_thread_avoids_calls_that_show_eintr() -> None:
     with running(EPOLLER) as child:
         tid = pick_injection_thread(child.pid)
         assert tid != child.pid
+
+
+def test_skeleton_may_still_be_within_its_exec_when_it_is_seized() -> None:
+    program = "import os, sys; print('up', flush=True); input(); os.execv('/bin/sleep', ['sleep', '1000'])"
+    child = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with child:
+        assert child.stdin is not None and child.stdout is not None
+        try:
+            assert child.stdout.readline() == b"up\n"
+            with Tracer(child.pid, kill_on_exit=True) as tracer:
+                tracer.seize(child.pid)
+                child.stdin.write(b"\n")
+                child.stdin.flush()
+                wait_for(lambda: os.readlink(f"/proc/{child.pid}/exe").endswith("sleep"), "the exec")
+                assert [thread.tid for thread in tracer.stop_all()] == [child.pid]
+        finally:
+            child.kill()

@@ -19,9 +19,8 @@ from agent.ranges import RangeSet
 from agent.report import RoundReport
 from agent.spaces import PROCESS_SPACE
 from agent.state.shmem import content_to_send, dump_shared, mapped_size
-from agent.tracker.base import DirtySet, SharedKey
+from agent.tracker.base import DirtySet, SharedKey, Tracker
 from agent.tracker.layout import is_shared_object, shared_key
-from agent.tracker.scan import ScanTracker
 from protocol.messages import RoundPlaced
 from protocol.state import encode_section
 from protocol.state.shmem import SharedObject, SharedObjects
@@ -34,7 +33,7 @@ class RoundSender:
         self,
         link: Link,
         target: Target,
-        tracker: ScanTracker,
+        tracker: Tracker,
         sender: PageSender,
         on_progress: Callable[[int, int, int], None],
     ) -> None:

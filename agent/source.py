@@ -223,7 +223,7 @@ class _Migration:
     # -- pre-copy: the target runs ---------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _armed(self) -> Iterator[ScanTracker]:
+    def _armed(self) -> Iterator[Tracker]:
         """Watch the target's memory for as long as the body runs; only one thread is stopped, once."""
         with self._phase("arm"):
             restart_hints.load(self.options.state_dir, self.target.pid)
@@ -239,7 +239,7 @@ class _Migration:
             tracker.disarm()
 
     @contextlib.contextmanager
-    def _rounds(self, link: Link, tracker: ScanTracker) -> Iterator[RoundSender]:
+    def _rounds(self, link: Link, tracker: Tracker) -> Iterator[RoundSender]:
         method = self.options.compress
         if self.options.bandwidth_limit:
             self.limiter = BandwidthLimit(self.options.bandwidth_limit)

@@ -13,10 +13,13 @@ the same round, or give up the migration.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from agent.procfs.maps import MapsEntry
 from agent.ranges import RangeSet
+
+if TYPE_CHECKING:
+    from agent.tracker.shared import SharedWatch
 
 
 class SharedKey(NamedTuple):
@@ -63,6 +66,10 @@ class Tracker(Protocol):
     def name(self) -> str:
         """The word --tracker takes."""
 
+    @property
+    def shared_watch(self) -> SharedWatch:
+        """The shared objects: the caller names those that are open, and reads content through its descriptors."""
+
     def arm(self) -> None:
         """Start to watch; the target may run."""
 
@@ -72,6 +79,9 @@ class Tracker(Protocol):
         :raises TargetGone: the target exited or called exec.
         :raises DumpError: final, and something could not be looked at.
         """
+
+    def forget(self, ranges: RangeSet) -> None:
+        """Count `ranges` as not delivered: what is populated there is dirty in the next round."""
 
     def disarm(self) -> None:
         """Leave the target as if never watched. Idempotent; a target that is gone is no error."""

@@ -134,7 +134,7 @@ class ScanTracker:
         self._scanner = PagemapScanner(pid)
         self._procmap = ProcmapQuery(pid)
         self._knows_guards = _knows_guards(self._scanner)
-        self.shared_watch = SharedWatch(pid)
+        self._shared_watch = SharedWatch(pid)
         self._maps_text = b""
         self._maps: list[MapsEntry] = []
         self._layout: Layout = classify([], ())
@@ -152,6 +152,10 @@ class ScanTracker:
     @property
     def name(self) -> str:
         return "scan"
+
+    @property
+    def shared_watch(self) -> SharedWatch:
+        return self._shared_watch
 
     @property
     def sent(self) -> RangeSet:
@@ -184,7 +188,7 @@ class ScanTracker:
         self._uffd = -1
         self._scanner.close()
         self._procmap.close()
-        self.shared_watch.close()
+        self._shared_watch.close()
 
     def _unregister_each(self, entries: list[MapsEntry]) -> None:
         for entry in entries:
@@ -562,7 +566,7 @@ class ScanTracker:
     def _collect_shared(
         self, stored: dict[SharedKey, RangeSet]
     ) -> dict[SharedKey, RangeSet | None]:
-        whole = self.shared_watch.changed(
+        whole = self._shared_watch.changed(
             self._layout.object_mappings, stored=set(stored), remapped=self._remapped
         )
         self._remapped = set()

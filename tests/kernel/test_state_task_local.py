@@ -167,7 +167,7 @@ def test_signal_dispositions_survive() -> None:
     for action in actions:
         assert restored[action.signal] == action
     assert signal.SIGHUP not in restored or restored[signal.SIGHUP].handler == 0
-    assert restored.get(signal.SIGPIPE, actions[0]).handler != 1
+    assert signal.SIGPIPE not in restored or restored[signal.SIGPIPE].handler == 0
 
 
 def test_queued_signals_survive_with_kernel_siginfo() -> None:

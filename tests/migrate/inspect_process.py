@@ -46,7 +46,6 @@ PF_DIFFERS = 0x00400000 | 0x00000100 | 0x00000040 | 0x00000400 | 0x00000080 | 0x
 
 WHOLE_FILES = (
     "auxv", "cmdline", "environ", "limits", "oom_score_adj", "coredump_filter", "timers", "personality", "cgroup",
-    "arch_status",
 )  # fmt: skip
 LINKS = ("exe", "cwd", "root")
 # Inodes of pipes, sockets and memfds are the kernel's to choose, and so are numbers of the mounts they are on.

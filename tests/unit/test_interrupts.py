@@ -15,6 +15,8 @@ from agent.errors import TransferError
 @pytest.fixture(autouse=True)
 def installed() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in interrupts.STOP_SIGNALS}
+    for number in before:  # a run in the background may have inherited ignored ones
+        signal.signal(number, signal.SIG_DFL)
     interrupts.install()
     try:
         yield

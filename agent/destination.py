@@ -224,7 +224,7 @@ class _Migration:
             if not isinstance(message, StateSection):
                 raise TransferError(f"Unexpected {type(message).__name__} before Prepare")
             self._keep(message)
-        self.rebuild = Rebuild(self.options, self.hello, recorded=self.link.recorded)
+        self.rebuild = Rebuild(self.options, self.hello, self.clock, recorded=self.link.recorded)
         obstacles = find_restore_obstacles(self.sections, self.options)
         if obstacles:
             self._refuse(obstacles)
@@ -257,8 +257,10 @@ class _Migration:
         self.sections.clear()
         while not isinstance(message := self._next(), Switchover):
             self._take(rebuild, message)
-            if isinstance(message, RoundEnd) and not self.link.recorded:
-                self.link.send(RoundPlaced(round=message.round))
+            if isinstance(message, RoundEnd):
+                rebuild.settle()
+                if not self.link.recorded:
+                    self.link.send(RoundPlaced(round=message.round))
 
     def _take(self, rebuild: Rebuild, message: Message | PageBatch) -> None:
         if isinstance(message, PageBatch):
@@ -277,11 +279,15 @@ class _Migration:
     # -- while the source is frozen --------------------------------------------------------------------
 
     def _receive_final(self, rebuild: Rebuild) -> StateEnd:
+        began_s = self.clock.elapsed_s
         while not isinstance(message := self._next(), StateEnd):
             self._take(rebuild, message)
             if isinstance(message, RoundBegin):
+                self.clock.add("restore: wait", began_s, self.clock.elapsed_s, frozen=True)
                 # Everything but memory is here: what can be made of it is made while that is still on its way.
                 rebuild.begin_task(self.sections)
+                began_s = self.clock.elapsed_s
+        self.clock.add("restore: last pages", began_s, self.clock.elapsed_s, frozen=True)
         return message
 
     def _restore(self, rebuild: Rebuild, end: StateEnd) -> str | None:

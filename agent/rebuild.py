@@ -32,6 +32,7 @@ from agent.pages.place import PagePlacer
 from agent.preflight import only
 from agent.procfs.maps import parse_maps, read_maps
 from agent.ranges import RangeSet
+from agent.report import PhaseClock
 from agent.skeleton import FIRST_FREE_FD, Skeleton, create_skeleton
 from agent.spaces import PROCESS_SPACE
 from agent.state.clocks import (
@@ -73,8 +74,11 @@ ALL_SIGNALS = (1 << 64) - 1
 class Rebuild:
     """One process being rebuilt; ``pid`` is as the agent sees it, ``ns_pid`` as the process itself does."""
 
-    def __init__(self, options: RecvOptions, hello: Hello, *, recorded: bool) -> None:
+    def __init__(
+        self, options: RecvOptions, hello: Hello, clock: PhaseClock, *, recorded: bool
+    ) -> None:
         self.options = options
+        self._clock = clock
         self.hello = hello
         self.recorded = recorded
         self.notes: list[str] = []
@@ -226,6 +230,10 @@ class Rebuild:
         if batch.encoding is PageEncoding.ZERO:
             self.pages_zero += batch.nr_pages
 
+    def settle(self) -> None:
+        """A round has ended and the source still runs: do what would otherwise be done in the freeze."""
+        self._placer.settle()
+
     def finish_memory(self) -> None:
         """All pages are here: drop what is gone, then what must follow the last page."""
         batch = Batch()
@@ -239,7 +247,8 @@ class Rebuild:
         guards = self._mm.guards
         self._mirror.finish(batch, zip(guards[0::2], guards[1::2], strict=True))
         if len(batch):
-            self.injector.run(batch)
+            with self._step("finish memory"):
+                self.injector.run(batch)
 
     def digest(self) -> str:
         """Digest of all memory as the source computes it."""
@@ -267,19 +276,25 @@ class Rebuild:
         )
         batch = Batch()
         self._task.early_calls(batch)
-        exe_fd = open_exe(self._mm)
-        try:
-            restore_mm(batch, self._mm, agent_pidfd=self.skeleton.agent_pidfd, exe_fd=exe_fd)
-            self.injector.run(batch)
-        finally:
-            os.close(exe_fd)
+        with self._step("memory map"):
+            exe_fd = open_exe(self._mm)
+            try:
+                restore_mm(batch, self._mm, agent_pidfd=self.skeleton.agent_pidfd, exe_fd=exe_fd)
+                self.injector.run(batch)
+            finally:
+                os.close(exe_fd)
         self._restore_files(only(sections, "files", FilesState))
-        self._make_threads(self._task)
+        with self._step("make threads"):
+            self._make_threads(self._task)
+
+    def _step(self, name: str) -> contextlib.AbstractContextManager[None]:
+        return self._clock.phase(f"restore: {name}", frozen=True)
 
     def finish_task(self) -> None:
         """Restore all that begin_task() left; afterwards every thread stands at its final registers."""
         self._restore_threads(self._task)
-        self._finish_threads(self._task)
+        with self._step("registers"):
+            self._finish_threads(self._task)
 
     def _restore_files(self, files: FilesState) -> None:
         context = RestoreContext(
@@ -292,8 +307,10 @@ class Rebuild:
         )
         self._restorer = FileRestorer(context)
         self._cleanup.callback(self._restorer.close)
-        self._restorer.open_all(files)
-        self._restorer.install(files)
+        with self._step("open files"):
+            self._restorer.open_all(files)
+        with self._step("install files"):
+            self._restorer.install(files)
 
     def _make_threads(self, restore: TaskRestore) -> None:
         batch = Batch()
@@ -326,7 +343,8 @@ class Rebuild:
         for thread in restore.state.threads[1:]:
             restore.thread_calls(others[host_tids[thread.tid]], thread.tid)
         if others:
-            self.injector.run_parallel(others)
+            with self._step("threads"):
+                self.injector.run_parallel(others)
         elapsed_ns = self._elapsed_ns(restore)
         self._restorer.start(elapsed_ns=elapsed_ns)
         for object_id, state in self._objects.items():
@@ -335,9 +353,10 @@ class Rebuild:
         last.call(nr.NR_prctl, PR_SET_PDEATHSIG, 0, name="prctl(PR_SET_PDEATHSIG)")
         restore.thread_calls(last, leader, elapsed_ns=elapsed_ns)
         last.call(nr.NR_close, self.skeleton.agent_pidfd, name="close")
-        self.injector.run(last)
-        restore.verify()
-        restore.write_files()
+        with self._step("leader"):
+            self.injector.run(last)
+            restore.verify()
+            restore.write_files()
 
     def _elapsed_ns(self, restore: TaskRestore) -> int:
         """How long the process has been frozen, on its own clock."""

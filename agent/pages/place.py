@@ -54,7 +54,7 @@ class _Space:
         self.anonymous = RangeSet()
 
     def outstanding(self) -> RangeSet:
-        if self.written and self.absent:
+        if self.absent and self.written:  # in this order: a set that grew merges its parts when it is looked at
             self.absent = self.absent.subtract(self.written)
         self.written = RangeSet()
         return self.absent
@@ -97,9 +97,16 @@ class PagePlacer:
         """Return what must be dropped now (MADV_DONTNEED) and count it as dropped. Objects: done already."""
         space = self._spaces[space_id]
         absent = space.outstanding()
-        space.absent = RangeSet()
-        space.held = space.held.subtract(absent)
+        if absent:
+            space.absent = RangeSet()
+            space.held = space.held.subtract(absent)
         return absent
+
+    def settle(self) -> None:
+        """Do the bookkeeping of a round now, while nobody waits: it takes tens of ms after many scattered pages."""
+        for space in self._spaces.values():
+            space.outstanding()
+            bool(space.held)
 
     def place(self, batch: PageBatch) -> None:
         """Carry out one batch.

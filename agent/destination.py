@@ -25,7 +25,7 @@ from agent.errors import (
 from agent.hostfacts import gather_host_facts, require_machine
 from agent.link import Link, aborted, from_wire, to_wire
 from agent.options import RecvOptions
-from agent.preflight import find_restore_obstacles
+from agent.preflight import find_restore_obstacles, only
 from agent.rebuild import Rebuild
 from agent.report import CompletedReport, PhaseClock, Reporter
 from agent.serve import serve
@@ -58,6 +58,7 @@ from protocol.messages import (
 from protocol.pages import PageBatch
 from protocol.session import Role, SessionState
 from protocol.state import decode_section, load_all
+from protocol.state.guards import GuardsState
 from protocol.version import choose_version, explain_refusal
 
 _log = logging.getLogger(__name__)
@@ -282,7 +283,7 @@ class _Migration:
         began_s = self.clock.elapsed_s
         while not isinstance(message := self._next(), StateEnd):
             self._take(rebuild, message)
-            if isinstance(message, RoundBegin):
+            if isinstance(message, StateSection) and message.kind == "files":
                 self.clock.add("restore: wait", began_s, self.clock.elapsed_s, frozen=True)
                 # Everything but memory is here: what can be made of it is made while that is still on its way.
                 rebuild.begin_task(self.sections)
@@ -291,7 +292,7 @@ class _Migration:
         return message
 
     def _restore(self, rebuild: Rebuild, end: StateEnd) -> str | None:
-        rebuild.finish_memory()
+        rebuild.finish_memory(only(self.sections, "guards", GuardsState))
         digest = None
         if end.digest is not None:
             digest = rebuild.digest()

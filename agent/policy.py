@@ -22,7 +22,7 @@ from dataclasses import dataclass
 DEFAULT_DOWNTIME_LIMIT_S = 0.1
 """Same as agent.options: below the patience of a person or of an RPC timeout."""
 DEFAULT_MAX_ROUNDS = 30
-FIXED_DOWNTIME_S = 0.03
+FIXED_DOWNTIME_S = 0.015
 """Freeze, last scan, state sections and restore of a common process; not influenced by more rounds."""
 TINY_TRANSFER_S = 0.002
 """A predicted final transfer this short is lost in the fixed part: more rounds gain nothing."""

@@ -4,7 +4,7 @@
     follow_layout    mappings as the source has them, again and again
     place            pages as they come
     begin_task       the source is frozen: what /proc shows, files, new threads; the last pages are on their way
-    finish_memory    dropped pages, advice, locks
+    finish_memory    dropped pages, advice, locks, what is common to the threads
     finish_task      the insides of the threads; all stand at their final registers
     release          they run
 
@@ -57,6 +57,7 @@ from agent.warmup import make_urgent
 from protocol.messages import Hello
 from protocol.pages import PageBatch, PageEncoding
 from protocol.state.files import FilesState
+from protocol.state.guards import GuardsState
 from protocol.state.mm import MmState
 from protocol.state.plan import PlanState
 from protocol.state.process import ProcessState
@@ -234,8 +235,8 @@ class Rebuild:
         """A round has ended and the source still runs: do what would otherwise be done in the freeze."""
         self._placer.settle()
 
-    def finish_memory(self) -> None:
-        """All pages are here: drop what is gone, then what must follow the last page."""
+    def finish_memory(self, guards: GuardsState) -> None:
+        """All pages and mappings are here: drop what is gone, then what must follow the last of them."""
         batch = Batch()
         mapped = RangeSet.of(
             (vma.start, vma.end)
@@ -244,11 +245,10 @@ class Rebuild:
         )
         for start, end in self._placer.take_absent(PROCESS_SPACE).intersect(mapped):
             batch.call(nr.NR_madvise, start, end - start, MADV_DONTNEED, name="madvise(DONTNEED)")
-        guards = self._mm.guards
-        self._mirror.finish(batch, zip(guards[0::2], guards[1::2], strict=True))
-        if len(batch):
-            with self._step("finish memory"):
-                self.injector.run(batch)
+        self._mirror.finish(batch, zip(guards.ranges[0::2], guards.ranges[1::2], strict=True))
+        self._task.process_calls(batch)
+        with self._step("finish memory"):
+            self.injector.run(batch)
 
     def digest(self) -> str:
         """Digest of all memory as the source computes it."""
@@ -263,10 +263,7 @@ class Rebuild:
     # -- everything else -------------------------------------------------------------------------------
 
     def begin_task(self, sections: Mapping[str, Sequence[object]]) -> None:
-        """Restore files and make the threads, as far as that does not need the contents of memory.
-
-        All mappings are there; pages may still come.
-        """
+        """Restore files and make the threads; pages and mappings may still come."""
         # Every injected call waits for its thread to get a CPU. Their own scheduling comes with their state.
         make_urgent(self.pid)
         states = [state for kind in sections.values() for state in kind]
@@ -315,7 +312,6 @@ class Rebuild:
     def _make_threads(self, restore: TaskRestore) -> None:
         batch = Batch()
         self._set_clocks(batch, restore.state.process)
-        restore.process_calls(batch)
         restore.clone_calls(batch)
         self.injector.run(batch)
         self._host_tids = restore.host_tids()

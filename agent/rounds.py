@@ -23,6 +23,7 @@ from agent.tracker.base import DirtySet, SharedKey, Tracker
 from agent.tracker.layout import is_shared_object, shared_key
 from protocol.messages import RoundPlaced
 from protocol.state import encode_section
+from protocol.state.files import FilesState
 from protocol.state.shmem import SharedObject, SharedObjects
 
 
@@ -79,6 +80,15 @@ class RoundSender:
         self.watch_open_objects()
         return self._tracker.collect(final=final)
 
+    def send_files(self, files: FilesState) -> None:
+        """Send the final open files, and before them what the destination needs to make them.
+
+        It starts on them as soon as they arrive, while the last round is on its way.
+        """
+        self.watch_open_objects()
+        self._describe({key: [] for key in self._target.open_objects})
+        self._link.send(encode_section("files", self._target.ns_pid, files))
+
     def send_round(self, number: int, dirty: DirtySet, *, final: bool = False) -> RoundReport:
         """Send one round; the report says what it was and took.
 
@@ -132,13 +142,15 @@ class RoundSender:
 
     def _send_objects(self, dirty: DirtySet) -> None:
         """Describe the shared objects that the destination does not know, or knows otherwise."""
-        changed: dict[int, SharedObject] = {}
-        mapped: dict[SharedKey, list[int]] = {}
-        for index, entry in enumerate(dirty.maps):
+        mapped: dict[SharedKey, list[MapsEntry]] = {key: [] for key in dirty.shared}
+        for entry in dirty.maps:
             if is_shared_object(entry):
-                mapped.setdefault(shared_key(entry), []).append(index)
-        for key in {**mapped, **dirty.shared}:
-            entries = [dirty.maps[index] for index in mapped.get(key, ())]
+                mapped.setdefault(shared_key(entry), []).append(entry)
+        self._describe(mapped)
+
+    def _describe(self, objects: Mapping[SharedKey, list[MapsEntry]]) -> None:
+        changed: dict[int, SharedObject] = {}
+        for key, entries in objects.items():
             object_id = self._target.object_id(key)
             path = entries[0].path if entries else self._target.open_path(key)
             state = dump_shared(
@@ -147,8 +159,8 @@ class RoundSender:
             if self._described.get(object_id) != state:
                 self._described[object_id] = changed[object_id] = state
         if changed:
-            objects = SharedObjects(objects=tuple(changed.values()))
-            self._link.send(encode_section("shmem", self._target.ns_pid, objects))
+            described = SharedObjects(objects=tuple(changed.values()))
+            self._link.send(encode_section("shmem", self._target.ns_pid, described))
 
     def _send_shared(self, key: SharedKey, ranges: RangeSet | None) -> int:
         """Send dirty content of an object; returns how many pages that was."""

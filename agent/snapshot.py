@@ -23,6 +23,7 @@ from agent.state.task import TaskDump
 from agent.target.inject import Batch, Injector
 from agent.target.tracer import TracedThread, Tracer
 from protocol.state import encode_section
+from protocol.state.guards import GuardsState
 from protocol.state.limits import NR_LIMITS, RLIM_INFINITY, LimitsState, ResourceLimit
 from protocol.state.plan import PlanState
 
@@ -71,11 +72,6 @@ def _clock_shift(pid: int) -> dict[str, int]:
     return {name: theirs.get(name, 0) - ours.get(name, 0) for name in ("monotonic", "boottime")}
 
 
-def send_files(link: Link, target: Target) -> None:
-    """Dump and send the open files; before the last round, since it shows which objects are open."""
-    link.send(encode_section("files", target.ns_pid, dump_files(target.ctx)))
-
-
 def send_task(link: Link, target: Target, tracer: Tracer, threads: list[TracedThread]) -> int:
     """Dump and send threads and process; every thread is stopped under this thread's ptrace.
 
@@ -95,7 +91,11 @@ def send_task(link: Link, target: Target, tracer: Tracer, threads: list[TracedTh
     return brk.value
 
 
-def send_mm(link: Link, target: Target, *, brk: int, guards: Iterable[int]) -> None:
-    """Send the memory descriptor; ``guards`` are those of the last look at memory."""
-    mm = dump_mm(target.pid, brk=brk, guards=guards)
-    link.send(encode_section("mm", target.ns_pid, mm))
+def send_mm(link: Link, target: Target, *, brk: int) -> None:
+    """Dump and send the memory descriptor."""
+    link.send(encode_section("mm", target.ns_pid, dump_mm(target.pid, brk=brk)))
+
+
+def send_guards(link: Link, target: Target, guards: Iterable[int]) -> None:
+    """Send the guard pages, flat (start, end) pairs, of the last look at memory."""
+    link.send(encode_section("guards", target.ns_pid, GuardsState(ranges=tuple(guards))))

@@ -26,7 +26,6 @@ from agent.errors import (
     UndecidedError,
 )
 from agent.hostfacts import gather_host_facts, require_machine
-from agent.kernel import syscalls as nr
 from agent.kernel.features import kernel_features
 from agent.link import Link, from_wire, refused_by
 from agent.options import SendOptions
@@ -41,8 +40,10 @@ from agent.report import CompletedReport, PhaseClock, Reporter, RoundReport, dow
 from agent.resolve import resolve
 from agent.rounds import RoundSender
 from agent.session_store import SessionStore
-from agent.snapshot import send_files, send_mm, send_plan, send_task
-from agent.target.inject import Batch, Injector
+from agent.snapshot import send_guards, send_mm, send_plan, send_task
+from agent.state.files import dump_files
+from agent.state.inetsk import reset_connections
+from agent.target.inject import Injector
 from agent.target.tracer import TracedThread, Tracer, pick_injection_thread
 from agent.tracker.base import Tracker
 from agent.tracker.choose import choose_tracker
@@ -69,9 +70,6 @@ _log = logging.getLogger(__name__)
 
 FREEZE_ATTEMPTS = 5
 """How often a target that forks at the wrong moment is let go and frozen again."""
-CLOSE_TIMEOUT_S = 0.05
-"""How long the original may take to close its descriptors, some of which may linger, before it is killed anyway."""
-MAX_FD = 0xFFFFFFFF
 CHILDREN_WAIT_S = 10.0
 """How long a target that has just forked a helper (BGSAVE...) may keep it before the migration gives up."""
 
@@ -165,7 +163,6 @@ class _Migration:
                 self._prepare(link)
             with self._armed() as tracker, self._rounds(link, tracker) as rounds:
                 self._precopy(link, tracker, rounds)
-                self._record(link)
                 with self.reporter.deferred():
                     report = self._switch_over(link, tracker, rounds)
         except BaseException as err:
@@ -279,6 +276,12 @@ class _Migration:
             if decision.action is Action.SWITCHOVER:
                 break
         self._wait_for_children()
+        rounds.learn_flags()
+        self._record(link)
+        if 0 < len(self.reports) < self.options.max_rounds:
+            # What was written during all that would be downtime.
+            report = rounds.send_round(len(self.reports), rounds.collect(final=False))
+            self._note_round(report, replace(decision, reason="right before the freeze"))
 
     def _note_round(self, report: RoundReport, decision: Decision) -> None:
         report = replace(
@@ -320,7 +323,6 @@ class _Migration:
         with urgent():
             link.send(Switchover())
             for _attempt in range(FREEZE_ATTEMPTS):
-                rounds.learn_flags()
                 with Tracer(self.target.pid) as tracer:
                     with self._phase("freeze", frozen=True):
                         threads = tracer.stop_all()
@@ -328,6 +330,7 @@ class _Migration:
                         # It forked after the last look: let both go on, and wait for the child again.
                         tracer.detach_all()
                         self._wait_for_children()
+                        rounds.learn_flags()
                         continue
                     self._send_final(link, rounds, tracer, threads)
                     return self._finish(link, tracer, tracker)
@@ -338,11 +341,13 @@ class _Migration:
     ) -> None:
         with self._phase("task", frozen=True):
             brk = send_task(link, self.target, tracer, threads)
+            send_mm(link, self.target, brk=brk)
         with self._phase("files", frozen=True):
-            send_files(link, self.target)
+            # Before the last look at memory: it shows which objects are open.
+            rounds.send_files(dump_files(self.target.ctx))
         with self._phase("last round", frozen=True):
             dirty = rounds.collect(final=True)
-            send_mm(link, self.target, brk=brk, guards=dirty.guards.pairs)
+            send_guards(link, self.target, dirty.guards.pairs)
             self.reports.append(rounds.send_round(len(self.reports), dirty, final=True))
         digest = None
         if self.options.verify:
@@ -365,7 +370,7 @@ class _Migration:
                 commit_ns = time.monotonic_ns()
                 resumed = self._commit(link, tracer)
                 resumed_ns = time.monotonic_ns()
-            self._close_original(tracer)
+            self._reset_connections()
             self._kill_original()
             self.store.forget_undecided(self.session)
         seconds, basis = downtime(
@@ -400,19 +405,17 @@ class _Migration:
                 hint=f"agent-send --resolve {self.session} {self.address}",
             ) from err
 
-    def _close_original(self, tracer: Tracer) -> None:
-        """Close the descriptors of the original, which will not run again.
+    def _reset_connections(self) -> None:
+        """Tell the clients of the original, which will not run again, before it gives up its memory.
 
-        A dying process gives up its memory first, 60 ms and more per GiB, and only then its connections: so long
-        would its clients wait for it.
+        A dying process does that first, 60 ms and more per GiB, and its connections come after.
         """
-        batch = Batch()
-        batch.call(nr.NR_close_range, 0, MAX_FD, 0, name="close_range", check=False)
         try:
-            with Injector(tracer, run_timeout_s=CLOSE_TIMEOUT_S) as injector:
-                injector.run(batch)
-        except (MigrationError, OSError) as err:
-            _log.debug("Process %d closes its descriptors as it dies: %s", self.target.pid, err)
+            reset_connections(self.target.ctx)
+        except OSError as err:
+            _log.debug("Connections of process %d end with it: %s", self.target.pid, err)
+        finally:
+            self.target.ctx.drop_fetched()
 
     def _kill_original(self) -> None:
         try:

@@ -9,9 +9,11 @@ tcp(7), udp(7), ip(7), include/uapi/linux/tcp.h (struct tcp_info).
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import ipaddress
 import logging
+import os
 import select
 import socket
 import struct
@@ -20,6 +22,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from agent.errors import RestoreError
+from agent.kernel.libc import libc
+from agent.state.context import DumpContext
 from agent.state.openfile import (
     Description,
     DumpJob,
@@ -27,6 +31,7 @@ from agent.state.openfile import (
     Item,
     PreflightJob,
     RestoreJob,
+    find_holders,
     set_status_flags,
 )
 from agent.state.sockopts import (
@@ -40,6 +45,10 @@ from protocol.state.inetsk import InetAddress, InetMessage, InetSocket, InetStat
 from protocol.state.sockopts import SocketOptions
 
 _log = logging.getLogger(__name__)
+
+_connect = libc["connect"]
+_connect.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32)
+_connect.restype = ctypes.c_int
 
 TCP_CLOSE, TCP_LISTEN = 7, 10
 TCP_STATES = (
@@ -214,6 +223,32 @@ def _show(address: InetAddress | None) -> str:
     if address is None:
         return "*"
     return f"[{address.host}]:{address.port}" if ":" in address.host else f"{address.host}:{address.port}"
+
+
+def reset_connections(ctx: DumpContext) -> None:
+    """Reset every TCP connection, and close every listening socket, that only the stopped process holds.
+
+    For a process that will not run again: its peers learn now what its end would tell them later.
+    The agent's copies stay the context's.
+    """
+    folder = f"/proc/{ctx.pid}/fd"
+    held = {fd: os.readlink(f"{folder}/{fd}") for fd in map(int, os.listdir(folder))}
+    sockets = {fd: link for fd, link in held.items() if link.startswith("socket:")}
+    if not sockets:
+        return
+    others = find_holders(ctx)
+    for target_fd, link in sockets.items():
+        if link not in others:
+            with socket.socket(fileno=os.dup(ctx.fetch_fd(target_fd))) as sock:
+                if sock.proto == socket.IPPROTO_TCP and sock.family in (socket.AF_INET, socket.AF_INET6):
+                    _disconnect(sock.fileno())
+
+
+def _disconnect(fd: int) -> None:
+    # connect(2) to AF_UNSPEC: what remains is a fresh socket. The socket module cannot name that address.
+    address = ctypes.create_string_buffer(bytes(16), 16)
+    if _connect(fd, address, len(address)) < 0:
+        _log.debug("A connection ends with its process: %s", os.strerror(ctypes.get_errno()))
 
 
 def preflight_inet(job: PreflightJob, items: Sequence[Item[InetSocket]]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable
 
 from agent.errors import RestoreError
 from agent.kernel import syscalls as nr
@@ -47,8 +46,8 @@ def plan_brk(batch: Batch) -> Call:
     return batch.call(nr.NR_brk, 0, name="brk")
 
 
-def dump_mm(pid: Pid, *, brk: int, guards: Iterable[int] = ()) -> MmState:
-    """Describe the memory descriptor; ``guards`` are flat (start, end) pairs of guard pages."""
+def dump_mm(pid: Pid, *, brk: int) -> MmState:
+    """Describe the memory descriptor."""
     fields = read_stat(pid)
     return MmState(
         start_code=fields.start_code,
@@ -64,7 +63,6 @@ def dump_mm(pid: Pid, *, brk: int, guards: Iterable[int] = ()) -> MmState:
         env_end=fields.env_end,
         auxv=read_auxv(pid),
         exe=read_exe(pid),
-        guards=tuple(guards),
     )
 
 

@@ -6,12 +6,13 @@ The order on the destination (TaskRestore in task.py offers one method per step)
  1. early: session and process group; soft limits up to the hard ones, else descriptors with high
     numbers, big mappings or queued signals are refused; transparent huge pages off before memory
     is populated
- 2. (memory and files are put in place)
- 3. process: umask, working and root directory, personality (READ_IMPLIES_EXEC would change every
-    mapping made later), XSAVE permissions (alternate stacks are measured against them), signal
-    dispositions (before any queued signal), and last what forbids new executable memory
- 4. clone: all other threads; choosing ids needs privileges that step 5 drops
- 5. each thread (thread.py), the leader last. In the leader additionally, before its credentials
+ 2. clone: all other threads; choosing ids needs privileges that step 5 drops
+ 3. (memory and files are put in place)
+ 4. process: umask, working and root directory, XSAVE permissions (alternate stacks are measured
+    against them), signal dispositions (before any queued signal), and last what forbids new
+    executable memory
+ 5. each thread (thread.py), the leader last; with its personality (READ_IMPLIES_EXEC would change
+    every mapping made later). In the leader additionally, before its credentials
     are dropped: POSIX timers are made, signals of the process queued (both count against
     RLIMIT_SIGPENDING), then the final limits: raising one needs a capability. After them:
     dumpable, which every change of credentials in any thread resets; and the timers are started
@@ -205,7 +206,7 @@ def thp_call(batch: Batch, state: ProcessState) -> None:
 
 
 def restore_process_calls(batch: Batch, state: ProcessState) -> None:
-    """Add the calls of step 3 of the module's order, but the signal dispositions, to the leader's
+    """Add the calls of step 4 of the module's order, but the signal dispositions, to the leader's
     batch.
     """
     batch.call(NR_umask, state.umask, name="umask")
@@ -214,7 +215,6 @@ def restore_process_calls(batch: Batch, state: ProcessState) -> None:
     if state.root != "/":
         root = batch.data(os.fsencode(state.root) + b"\0")
         batch.call(NR_chroot, root, name=f"chroot({state.root})")
-    batch.call(NR_personality, state.personality, name="personality")
     if state.child_subreaper:
         batch.call(NR_prctl, PR_SET_CHILD_SUBREAPER, 1, name="prctl(PR_SET_CHILD_SUBREAPER)")
     for feature in range(state.xcomp_permission.bit_length()):
@@ -230,6 +230,11 @@ def restore_process_calls(batch: Batch, state: ProcessState) -> None:
         batch.call(NR_prctl, PR_SET_MEMORY_MERGE, 1, name="prctl(MEMORY_MERGE)", check=False)
     if state.memory_deny_write_exec:
         batch.call(NR_prctl, PR_SET_MDWE, state.memory_deny_write_exec, name="prctl(PR_SET_MDWE)")
+
+
+def personality_call(batch: Batch, state: ProcessState) -> None:
+    """Add the call that sets the personality, which every thread has for itself."""
+    batch.call(NR_personality, state.personality, name="personality")
 
 
 def dumpable_call(batch: Batch, state: ProcessState) -> None:

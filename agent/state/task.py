@@ -43,6 +43,7 @@ from agent.state.limits import (
 from agent.state.process import (
     dumpable_call,
     handled_signals,
+    personality_call,
     plan_process,
     restore_process_calls,
     session_calls,
@@ -274,16 +275,16 @@ class TaskRestore:
         thp_call(batch, self.state.process)
 
     def process_calls(self, batch: Batch) -> None:
-        """Step 3, in the leader, once memory and files are in place."""
-        block_signals_call(batch)
+        """Step 4, in the leader, once memory and files are in place."""
         actions = self.state.signals.actions
         restore_actions_calls(batch, actions, inherited=self._status.sig_ign)
         restore_process_calls(batch, self.state.process)
 
     def clone_calls(self, batch: Batch) -> None:
-        """Step 4, in the leader: every other thread; each is traced and stops before it runs
+        """Step 2, in the leader: every other thread; each is traced and stops before it runs
         anything.
         """
+        block_signals_call(batch)
         for thread in self.state.threads[1:]:
             set_tid = batch.data(struct.pack("=iI", thread.tid, 0))
             args = batch.data(bytes(clone_args(flags=_THREAD_FLAGS, set_tid_size=1)))
@@ -300,6 +301,7 @@ class TaskRestore:
             self._verify = create_timers_calls(batch, self.state.timers.posix_timers, pid)
             restore_shared_pending_calls(batch, pid, self.state.signals.pending)
             restore_limits_calls(batch, self.state.limits)
+        personality_call(batch, self.state.process)
         restore_thread_calls(
             batch, thread, pid, self._now, keep_pdeath_signal=self._keep_pdeath_signal
         )

@@ -80,7 +80,6 @@ class Injector:
 
     :param crash_safe: False only for a skeleton whose tracer was made with kill_on_exit.
     :param scratch_hint: where to put the scratch mapping (crash_safe=False).
-    :param run_timeout_s: how long a batch may take.
     """
 
     def __init__(
@@ -89,9 +88,7 @@ class Injector:
         *,
         crash_safe: bool = True,
         scratch_hint: int | None = None,
-        run_timeout_s: float = RUN_TIMEOUT_S,
     ) -> None:
-        self._run_timeout_s = run_timeout_s
         self.tracer = tracer
         self.crash_safe = crash_safe
         self._memory = tracer.memory
@@ -267,7 +264,7 @@ class Injector:
                     self._serve_stops(threads)
                 waited = time.monotonic() - began
                 pause(waited)
-                if waited > self._run_timeout_s:
+                if waited > RUN_TIMEOUT_S:
                     raise FreezeError(
                         f"System calls injected into thread {thread.tid} of process {self.tracer.pid} do not end"
                     )

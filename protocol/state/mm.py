@@ -1,7 +1,6 @@
 """The memory descriptor of a process: brk, argument and environment area, auxv, executable.
 
-Field names are those of the kernel's prctl_mm_map (prctl(2), PR_SET_MM_MAP). Guard ranges are flat
-(start, end) pairs of pages installed with MADV_GUARD_INSTALL.
+Field names are those of the kernel's prctl_mm_map (prctl(2), PR_SET_MM_MAP).
 """
 
 from __future__ import annotations
@@ -28,13 +27,10 @@ class MmState:
     env_end: int
     auxv: bytes
     exe: str
-    guards: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.auxv) > 4096:
             raise ValueError(f"auxv is {len(self.auxv)} bytes long")
-        if len(self.guards) % 2:
-            raise ValueError("guards are not pairs")
 
 
 register("mm", MmState, version_id=1, minimum_version_id=1)

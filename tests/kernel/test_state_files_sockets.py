@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from agent.errors import RefusedError
+from agent.kernel.pidfd import pidfd_getfd
 from agent.state.files import FileRestorer, preflight_files
+from agent.state.inetsk import reset_connections
 from agent.types import Pid
 from protocol.state.inetsk import InetState
 from tests.kernel.files_support import (
@@ -81,6 +83,38 @@ def test_listening_and_bound_inet_sockets(tmp_path: Path) -> None:
         fresh.connect(listener.getsockname())
         for each in (listener, six, receiver, sender, fresh):
             each.close()
+
+
+def test_peers_learn_of_the_end_before_the_process_dies(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        code = f"""
+        for number in (50, 51):
+            s = socket.create_connection(("127.0.0.1", {listener.getsockname()[1]}))
+            os.dup2(s.fileno(), number); s.close()
+        l = socket.create_server(("127.0.0.1", 0)); os.dup2(l.fileno(), 52); l.close()
+        ready()
+        """
+        with live_child(tmp_path, code) as child:
+            alone, shared = listener.accept()[0], listener.accept()[0]
+            other_holder = pidfd_getfd(child.ctx.pidfd, 51)
+            try:
+                assert poll(alone) == poll(shared) == 0
+                reset_connections(child.ctx)
+                child.ctx.drop_fetched()
+                assert poll(alone) & select.POLLHUP
+                with pytest.raises(ConnectionResetError):
+                    alone.recv(1)
+                assert poll(shared) == 0
+            finally:
+                os.close(other_holder)
+                alone.close()
+                shared.close()
+
+
+def poll(connection: socket.socket) -> int:
+    poller = select.poll()
+    poller.register(connection, select.POLLIN)
+    return dict(poller.poll(0)).get(connection.fileno(), 0)
 
 
 def test_tcp_connections_are_refused_or_reset(tmp_path: Path) -> None:

@@ -273,7 +273,7 @@ def make_bare(injector: Injector, state: TaskState) -> None:
 def restore(tracer: Tracer, injector: Injector, state: TaskState) -> TaskRestore:
     """All steps but the last one."""
     task = TaskRestore(state, tracer.pid, keep_pdeath_signal=True)
-    for step in (task.early_calls, task.process_calls, task.clone_calls):
+    for step in (task.early_calls, task.clone_calls, task.process_calls):
         batch = Batch()
         step(batch)
         injector.run(batch, tracer.leader)

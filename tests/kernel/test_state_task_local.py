@@ -26,7 +26,13 @@ from agent.procfs.status import read_status
 from agent.procfs.timers import read_timers
 from agent.state.creds import creds_of, own_securebits, plan_creds, restore_creds_calls
 from agent.state.limits import dump_limits, restore_limits_calls
-from agent.state.process import dumpable_call, handled_signals, plan_process, restore_process_calls
+from agent.state.process import (
+    dumpable_call,
+    handled_signals,
+    personality_call,
+    plan_process,
+    restore_process_calls,
+)
 from agent.state.sched import plan_sched, restore_sched_calls
 from agent.state.signals import (
     plan_actions,
@@ -383,6 +389,7 @@ def test_process_attributes_survive() -> None:
     def destination() -> ProcessState:
         batch = LocalBatch()
         restore_process_calls(batch.typed(), state)
+        personality_call(batch.typed(), state)
         dumpable_call(batch.typed(), state)
         batch.run()
         return dump_process()

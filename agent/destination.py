@@ -147,6 +147,7 @@ class _Migration:
         self.phase = "handshake"
         self.sections: dict[str, list[object]] = {}
         self.rebuild: Rebuild | None = None
+        self._hurry = contextlib.ExitStack()
         self.prepared = False
         """Whether the session store knows of this session."""
 
@@ -161,7 +162,8 @@ class _Migration:
         rebuild = self.rebuild
         with self._phase("rounds"):
             self._receive_rounds(rebuild)
-        with urgent(), self.reporter.deferred():
+        with self._hurry, self.reporter.deferred():
+            self._make_haste()
             with self._phase("restore"):
                 end = self._receive_final(rebuild)
                 digest = self._restore(rebuild, end)
@@ -186,8 +188,14 @@ class _Migration:
         with self.clock.phase(name, frozen=name in ("restore", "commit")):
             yield
 
+    def _make_haste(self) -> None:
+        """The source is about to freeze, or has: be urgent until the end of the migration."""
+        self._hurry.close()
+        self._hurry.enter_context(urgent())
+
     def give_up(self, error: BaseException) -> None:
         """End what was built, tell the source, record that this session came to nothing."""
+        self._hurry.close()
         if self.link.state in (SessionState.COMMITTED, SessionState.COMPLETED):
             return
         self._abandon()
@@ -269,6 +277,11 @@ class _Migration:
         elif isinstance(message, StateSection):
             if message.kind == "layout":
                 rebuild.follow_layout(decode_section(message))
+            elif message.kind == "pre_dump":
+                self._make_haste()
+                state = decode_section(message)
+                if state is not None:
+                    rebuild.prepare_threads(state)
             elif message.kind == "shmem":
                 for state in decode_section(message).objects:
                     rebuild.describe_object(state)

@@ -3,6 +3,7 @@
     start            the skeleton, with the vdso where the target has it and nothing else mapped
     follow_layout    mappings as the source has them, again and again
     place            pages as they come
+    prepare_threads  the source is about to freeze: threads that will most likely be needed
     begin_task       the source is frozen: what /proc shows, files, new threads; the last pages are on their way
     finish_memory    dropped pages, advice, locks, what is common to the threads
     finish_task      the insides of the threads; all stand at their final registers
@@ -18,7 +19,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from agent.errors import RestoreError, TargetGone, TransferError
@@ -39,20 +40,22 @@ from agent.state.clocks import (
     Clocks,
     ahead_at_restore,
     enter_calls,
+    has_reached,
     is_own_clock,
     make_time_namespace,
     read_clocks,
 )
 from agent.state.context import RestoreContext
 from agent.state.files import FileRestorer
+from agent.state.limits import raise_limits_calls
 from agent.state.mirror import LayoutMirror
 from agent.state.mm import open_exe, restore_mm
 from agent.state.shmem import discard_shared, finish_shared, resize_shared, restore_shared
-from agent.state.task import TaskRestore, TaskState
+from agent.state.task import TaskRestore, TaskState, clone_calls, host_tids
 from agent.state.vma import find_gap, special_mappings
 from agent.target.inject import Batch, Injector
 from agent.target.tracer import Tracer
-from agent.types import Pid
+from agent.types import Pid, Tid
 from agent.warmup import make_urgent
 from protocol.messages import Hello
 from protocol.pages import PageBatch, PageEncoding
@@ -60,7 +63,7 @@ from protocol.state.files import FilesState
 from protocol.state.guards import GuardsState
 from protocol.state.mm import MmState
 from protocol.state.plan import PlanState
-from protocol.state.process import ProcessState
+from protocol.state.predump import PreDumpState
 from protocol.state.shmem import SharedObject
 from protocol.state.vma import BackingFile, LayoutState, VmaKind, VmaState
 
@@ -95,6 +98,10 @@ class Rebuild:
         self._asked_at = read_clocks()
         self._ahead = Clocks(0, 0)
         """How far the clocks of the process are ahead of the agent's."""
+        self._knows_clocks = False
+        """Whether the process has its clocks already."""
+        self._host_tids: dict[int, Tid] = {}
+        """Threads that are there, leader included, by their own ids."""
         self._open_files: dict[tuple[BackingFile, bool], int] = {}
 
     @property
@@ -138,6 +145,7 @@ class Rebuild:
             self.injector.run,
             self.tracer.memory.fd,
         )
+        self._host_tids = {plan.pid: Tid(self.pid)}
         self._placer.add_process_space(PROCESS_SPACE, self.pid)
         self._clear_address_space(layout)
         # Shared objects are described with the first round only.
@@ -262,6 +270,19 @@ class Rebuild:
 
     # -- everything else -------------------------------------------------------------------------------
 
+    def prepare_threads(self, state: PreDumpState) -> None:
+        """Make the threads that the source has now; those it has in the end are made of them.
+
+        :raises InjectError: a thread cannot be made.
+        """
+        with self._step("prepare threads"):
+            make_urgent(self.pid)
+            batch = Batch()
+            raise_limits_calls(batch, self.pid)
+            seen = Clocks(state.monotonic_ns, state.boottime_ns)
+            self._enter_clocks(batch, seen.minus(read_clocks()).best(self._ahead))
+            self._clone_threads(batch, [tid for tid in state.tids if tid != self.ns_pid])
+
     def begin_task(self, sections: Mapping[str, Sequence[object]]) -> None:
         """Restore files and make the threads; pages and mappings may still come."""
         # Every injected call waits for its thread to get a CPU. Their own scheduling comes with their state.
@@ -310,18 +331,37 @@ class Rebuild:
             self._restorer.install(files)
 
     def _make_threads(self, restore: TaskRestore) -> None:
+        process = restore.state.process
+        wanted = {thread.tid for thread in restore.state.threads}
         batch = Batch()
-        self._set_clocks(batch, restore.state.process)
-        restore.clone_calls(batch)
-        self.injector.run(batch)
-        self._host_tids = restore.host_tids()
-        for host_tid in self._host_tids.values():
-            if int(host_tid) != int(self.pid):
-                self.tracer.adopt(host_tid)
+        if not self._knows_clocks or not has_reached(self._ahead, process):
+            # Entered alone only, so those made ahead go; rare: the message of then took longer than the freeze.
+            self._end_threads(self._host_tids.keys() - {process.pid})
+            self._enter_clocks(batch, ahead_at_restore(process, self._ahead, recorded=self.recorded))
+        self._end_threads(self._host_tids.keys() - wanted)
+        missing = [thread.tid for thread in restore.state.threads if thread.tid not in self._host_tids]
+        if len(batch) or missing:
+            self._clone_threads(batch, missing)
+        if self._host_tids.keys() != wanted:
+            raise RestoreError(
+                f"Task {self.pid} has threads {sorted(self._host_tids)} instead of {sorted(wanted)}"
+            )
 
-    def _set_clocks(self, batch: Batch, process: ProcessState) -> None:
+    def _clone_threads(self, batch: Batch, tids: Sequence[int]) -> None:
+        clone_calls(batch, tids)
+        self.injector.run(batch)
+        self._host_tids = host_tids(self.pid)
+        for tid in tids:
+            self.tracer.adopt(self._host_tids[tid])
+
+    def _end_threads(self, tids: Iterable[int]) -> None:
+        for tid in tids:
+            self.injector.end_thread(self.tracer.threads[self._host_tids[tid]])
+            del self._host_tids[tid]
+
+    def _enter_clocks(self, batch: Batch, ahead: Clocks) -> None:
         """Have the process's clocks go on where they stood; nothing is added where they do so by themselves."""
-        ahead = ahead_at_restore(process, self._ahead, recorded=self.recorded)
+        self._knows_clocks = True
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             same_boot = file.read().strip() == self.hello.host.boot_id
         if is_own_clock(ahead, same_boot=same_boot):
@@ -362,7 +402,7 @@ class Rebuild:
         return max(0, now_ns - restore.state.process.clock_monotonic_ns)
 
     def _finish_threads(self, restore: TaskRestore) -> None:
-        restore.finish_ptrace(self.tracer, self.injector)
+        restore.finish_ptrace(self.tracer, self.injector, self._host_tids)
         # Removing the scratch mapping lets the leader run for one call: no signal may come in between.
         ptrace.setsigmask(self.pid, ALL_SIGNALS)
         self.injector.close()

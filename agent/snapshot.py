@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from agent.check import Target
 from agent.link import Link
 from agent.procfs.limits import read_limits
 from agent.procfs.process import list_fds, list_tids, read_comm, read_timens_offsets
-from agent.procfs.status import read_task_status
+from agent.procfs.status import Status, read_task_status
 from agent.state.creds import creds_of
 from agent.state.files import dump_files
 from agent.state.mm import dump_mm, plan_brk
@@ -26,6 +26,7 @@ from protocol.state import encode_section
 from protocol.state.guards import GuardsState
 from protocol.state.limits import NR_LIMITS, RLIM_INFINITY, LimitsState, ResourceLimit
 from protocol.state.plan import PlanState
+from protocol.state.predump import PreDumpState
 
 
 def send_plan(link: Link, target: Target) -> None:
@@ -44,7 +45,7 @@ def _plan(target: Target) -> PlanState:
     limits = read_limits(pid)
     unlimited = (RLIM_INFINITY, RLIM_INFINITY)
     shift = _clock_shift(pid)
-    threads = [read_task_status(pid, tid) for tid in list_tids(pid)]
+    threads = list(_running_threads(pid))
     return PlanState(
         pid=target.ns_pid,
         tids=tuple(thread.ns_pid[-1] for thread in threads),
@@ -64,6 +65,27 @@ def _plan(target: Target) -> PlanState:
             )
         ),
     )
+
+
+def send_pre_dump(link: Link, target: Target) -> None:
+    """Send what the destination may make ahead, as the running target has it now."""
+    shift = _clock_shift(target.pid)
+    state = PreDumpState(
+        tids=tuple(thread.ns_pid[-1] for thread in _running_threads(target.pid)),
+        monotonic_ns=time.clock_gettime_ns(time.CLOCK_MONOTONIC) + shift["monotonic"],
+        boottime_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME) + shift["boottime"],
+    )
+    link.send(encode_section("pre_dump", target.ns_pid, state))
+
+
+def _running_threads(pid: int) -> Iterator[Status]:
+    """The threads of a process that runs; the leader is there for as long as the process is."""
+    for tid in list_tids(pid):
+        try:
+            yield read_task_status(pid, tid)
+        except ProcessLookupError:
+            if tid == pid:
+                raise
 
 
 def _clock_shift(pid: int) -> dict[str, int]:

@@ -40,7 +40,7 @@ from agent.report import CompletedReport, PhaseClock, Reporter, RoundReport, dow
 from agent.resolve import resolve
 from agent.rounds import RoundSender
 from agent.session_store import SessionStore
-from agent.snapshot import send_guards, send_mm, send_plan, send_task
+from agent.snapshot import send_guards, send_mm, send_plan, send_pre_dump, send_task
 from agent.state.files import dump_files
 from agent.state.inetsk import reset_connections
 from agent.target.inject import Injector
@@ -278,6 +278,8 @@ class _Migration:
         self._wait_for_children()
         rounds.learn_flags()
         self._record(link)
+        if not link.recorded:
+            send_pre_dump(link, self.target)
         if 0 < len(self.reports) < self.options.max_rounds:
             # What was written during all that would be downtime.
             report = rounds.send_round(len(self.reports), rounds.collect(final=False))

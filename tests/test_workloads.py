@@ -15,7 +15,7 @@ from tests.migrate.crossing import start_workload
 from tests.workloads.blocked import MODES
 
 
-@pytest.mark.parametrize("module", ["selfcheck", "timers", "signals", "storm", "fdzoo", "sharedmem"])
+@pytest.mark.parametrize("module", ["selfcheck", "timers", "signals", "storm", "fdzoo", "sharedmem", "threadchurn"])
 def test_undisturbed_workload_finds_nothing_wrong(source: Host, tmp_path: Path, module: str) -> None:
     arguments: dict[str, list[str]] = {
         "storm": ["7", "STATUS"],

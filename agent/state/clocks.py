@@ -68,6 +68,15 @@ def ahead_at_restore(state: ProcessState, earlier: Clocks, *, recorded: bool) ->
     return Clocks(ahead.monotonic_ns, ahead.boottime_ns + passed)
 
 
+def has_reached(ahead: Clocks, state: ProcessState) -> bool:
+    """Tell whether clocks that are ``ahead`` of the agent's show no less than the frozen process last saw."""
+    now = read_clocks()
+    return (
+        now.monotonic_ns + ahead.monotonic_ns >= state.clock_monotonic_ns
+        and now.boottime_ns + ahead.boottime_ns >= state.clock_boottime_ns
+    )
+
+
 def is_own_clock(ahead: Clocks, *, same_boot: bool) -> bool:
     """Tell whether the process's clocks are those that it would have here anyway."""
     return same_boot and all(-SAME_CLOCK_NS < value <= 0 for value in ahead)

@@ -249,6 +249,23 @@ def check_task_restore(state: TaskState) -> list[Obstacle]:
     return found
 
 
+def clone_calls(batch: Batch, tids: Iterable[int]) -> None:
+    """Step 2, in the leader: other threads; each is traced and stops before it runs anything."""
+    block_signals_call(batch)
+    for tid in tids:
+        set_tid = batch.data(struct.pack("=iI", tid, 0))
+        args = batch.data(bytes(clone_args(flags=_THREAD_FLAGS, set_tid_size=1)))
+        args.patch_address(clone_args.set_tid.offset, set_tid)
+        batch.call(NR_clone3, args, ctypes.sizeof(clone_args), name=f"clone3({tid})")
+
+
+def host_tids(host_pid: int) -> dict[int, Tid]:
+    """Return the host tid of every thread by its own id."""
+    if len(read_status(host_pid).ns_pid) == 1:
+        return {tid: tid for tid in list_tids(host_pid)}
+    return {read_task_status(host_pid, tid).ns_pid[-1]: tid for tid in list_tids(host_pid)}
+
+
 class TaskRestore:
     """The restore of one task into the new process ``host_pid``, step by step as process.py says.
 
@@ -279,18 +296,6 @@ class TaskRestore:
         actions = self.state.signals.actions
         restore_actions_calls(batch, actions, inherited=self._status.sig_ign)
         restore_process_calls(batch, self.state.process)
-
-    def clone_calls(self, batch: Batch) -> None:
-        """Step 2, in the leader: every other thread; each is traced and stops before it runs
-        anything.
-        """
-        block_signals_call(batch)
-        for thread in self.state.threads[1:]:
-            set_tid = batch.data(struct.pack("=iI", thread.tid, 0))
-            args = batch.data(bytes(clone_args(flags=_THREAD_FLAGS, set_tid_size=1)))
-            args.patch_address(clone_args.set_tid.offset, set_tid)
-            name = f"clone3({thread.tid})"
-            batch.call(NR_clone3, args, ctypes.sizeof(clone_args), name=name)
 
     def thread_calls(self, batch: Batch, tid: int, *, elapsed_ns: int = 0) -> None:
         """Step 5, in the thread that has the id ``tid`` in its process; the leader comes last."""
@@ -327,27 +332,13 @@ class TaskRestore:
         """Step 6, by the agent."""
         write_process_files(self.state.process, self.host_pid)
 
-    def host_tids(self) -> dict[int, Tid]:
-        """Return the host tid of every thread by its own id, after clone_calls() have run.
+    def finish_ptrace(
+        self, tracer: Tracer, injector: Injector, host_tids: Mapping[int, int]
+    ) -> None:
+        """Step 7: every thread gets its registers and stays stopped; no batch may run any more.
 
-        :raises RestoreError: a thread is missing, or there is one too many.
+        ``host_tids``: by the threads' own ids.
         """
-        found: dict[int, Tid] = {}
-        for host_tid in list_tids(self.host_pid):
-            if len(self._status.ns_pid) == 1:
-                found[host_tid] = host_tid
-            else:
-                found[read_task_status(self.host_pid, host_tid).ns_pid[-1]] = host_tid
-        wanted = {thread.tid for thread in self.state.threads}
-        if found.keys() != wanted:
-            raise RestoreError(
-                f"Task {self.host_pid} has threads {sorted(found)} instead of {sorted(wanted)}"
-            )
-        return found
-
-    def finish_ptrace(self, tracer: Tracer, injector: Injector) -> None:
-        """Step 7: every thread gets its registers and stays stopped; no batch may run any more."""
-        host_tids = self.host_tids()
         for state in self.state.threads:
             thread = tracer.threads[host_tids[state.tid]]
             restore_thread_ptrace(tracer, injector, thread, state)

@@ -47,7 +47,14 @@ from agent.kernel.syscalls import (
 from agent.procfs.process import list_tids
 from agent.procfs.stat import read_stat
 from agent.state.context import DumpContext
-from agent.state.task import TaskDump, TaskRestore, TaskState, check_task_restore
+from agent.state.task import (
+    TaskDump,
+    TaskRestore,
+    TaskState,
+    check_task_restore,
+    clone_calls,
+    host_tids,
+)
 from agent.target.inject import Batch, Injector
 from agent.target.tracer import Tracer
 from agent.types import Pid
@@ -273,16 +280,19 @@ def make_bare(injector: Injector, state: TaskState) -> None:
 def restore(tracer: Tracer, injector: Injector, state: TaskState) -> TaskRestore:
     """All steps but the last one."""
     task = TaskRestore(state, tracer.pid, keep_pdeath_signal=True)
-    for step in (task.early_calls, task.clone_calls, task.process_calls):
+    for step in (task.early_calls, task.process_calls):
         batch = Batch()
         step(batch)
         injector.run(batch, tracer.leader)
+    batch = Batch()
+    clone_calls(batch, [thread.tid for thread in state.threads[1:]])
+    injector.run(batch, tracer.leader)
     for tid in list(tracer.new_children):
         tracer.adopt(tid)
-    host_tids = task.host_tids()
+    tids = host_tids(tracer.pid)
     batches: dict[int, Batch] = {}
     for thread in state.threads[1:]:
-        batches[host_tids[thread.tid]] = batch = Batch()
+        batches[tids[thread.tid]] = batch = Batch()
         task.thread_calls(batch, thread.tid)
     if batches:
         injector.run_parallel(batches)
@@ -315,9 +325,9 @@ def test_restored_task_dumps_as_the_original(own_pid: int | None) -> None:
                 assert without_sigmask(same_but_times(again)) == without_sigmask(
                     same_but_times(original)
                 )
-                task.finish_ptrace(tracer, injector)
+                task.finish_ptrace(tracer, injector, host_tids(twin))
                 for thread in original.threads:
-                    tid = task.host_tids()[thread.tid]
+                    tid = host_tids(twin)[thread.tid]
                     regs = ptrace.getregs(tid)
                     assert regs == user_regs_struct.from_buffer_copy(thread.regs)
                     assert ptrace.getregset(tid, NT_X86_XSTATE) == thread.xstate

@@ -26,6 +26,18 @@ def test_pending_signals_keep_order_and_values(source: Host, destination: Host, 
     assert after["thread_turns"] > before["thread_turns"]
 
 
+def test_threads_that_come_and_go_are_those_of_the_freeze(
+    source: Host, destination: Host, tmp_path: Path
+) -> None:
+    # The destination makes threads ahead of the freeze: by then some have ended and others are new.
+    workload = start_workload(source, tmp_path, "threadchurn", "STATUS")
+    for here in (destination, source, destination):
+        before = workload.last()["born"]
+        migrate(workload, here, tmp_path)
+        after = workload.assert_healthy(here, count=10)["born"]
+        assert all(now > then for now, then in zip(after, before, strict=True)), (before, after)
+
+
 def test_shared_memory_is_one_memory(source: Host, destination: Host, tmp_path: Path) -> None:
     data = tmp_path / "data"
     workload = start_workload(source, tmp_path, "sharedmem", "STATUS", data)

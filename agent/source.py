@@ -386,7 +386,7 @@ class _Migration:
             return link.expect(Resumed)
         except Exception as err:
             if link.state is SessionState.FAILED:
-                # The destination had given up before our Commit reached it: it will not run the copy.
+                # The destination has given up and will never run the copy: its record says so.
                 tracer.unhold()
                 raise
             link.lost()

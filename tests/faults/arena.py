@@ -85,6 +85,8 @@ class Arena:
         self.pid = self.workload.pid
         self.traces = self._settled_traces()
         self.outcomes: dict[str, int] = {}
+        self.sent: Optional[Run] = None
+        """The last agent-send."""
         self.last_total_s = 1.0
         self.last_downtime_s = 0.1
 
@@ -123,7 +125,7 @@ class Arena:
         else:
             argv = [sys.executable, "-m", "agent.cli.send", *arguments]
         sender = self.here.popen(argv)
-        sent = finish(sender, argv)
+        sent = self.sent = finish(sender, argv)
         if sent.status not in (COMPLETED, UNDECIDED) and receiver.process.alive:
             # Killed before it connected, or before it said anything: the receiver waits for another one.
             began = any(event.get("phase") == "prepare" for event in sent.events)

@@ -75,7 +75,7 @@ def nothing_left(*hosts: Host, but: int = 0) -> None:
 
 def no_records(directory: Path) -> None:
     """Nothing is undecided, nothing half-written; decisions and restart hints may stay."""
-    kept = (".decision.json", ".restart.json")
+    kept = (".committed.json", ".aborted.json", ".restart.json")
     found = [path.name for path in directory.glob("state-*/*") if not path.name.endswith(kept)]
     found += [path.name for path in directory.glob("state-*/.*")]
     assert not found, found

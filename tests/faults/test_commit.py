@@ -113,6 +113,7 @@ WINDOWS = {
     "send": (
         ((SOURCE + "run:before", total), 1000),
         ((SOURCE + "run:before", total), 1000),
+        ((SOURCE + "_handshake:before", lambda arena: 0.1 * total(arena)), 1000),
         ((TRACER + "stop:before", lambda arena: 0.2 * total(arena)), 1000),
         ((TRACER + "stop_all:before", downtime), 1000),
         ((SOURCE + "_send_final:before", downtime), 1000),

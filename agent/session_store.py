@@ -76,8 +76,7 @@ class UndecidedRecord:
     """A frozen original whose COMMIT went unanswered.
 
     ``start_ticks`` (proc_pid_stat(5), starttime) and ``boot_id`` tell the process from a later one
-    with the same pid; ``hold`` says how it is kept from running (``sigstop`` or the path of a
-    cgroup); ``facts`` is for whatever else the source needs to let it go or end it.
+    with the same pid; ``facts`` is for whatever else the source needs to let it go or end it.
     """
 
     session: str
@@ -85,7 +84,6 @@ class UndecidedRecord:
     address: str
     start_ticks: int
     boot_id: str
-    hold: str = "sigstop"
     facts: dict[str, Any]
     recorded_at: float = 0.0
 
@@ -229,7 +227,7 @@ class SessionStore:
     # -- source ------------------------------------------------------------------------------------
 
     def record_undecided(
-        self, session: str, pid: int, address: str, *, hold: str = "sigstop", **facts: Any
+        self, session: str, pid: int, address: str, **facts: Any
     ) -> UndecidedRecord:
         """Record, before COMMIT is sent, that the original is frozen and why.
 
@@ -241,7 +239,6 @@ class SessionStore:
             address=address,
             start_ticks=start_ticks(pid) or 0,
             boot_id=boot_id(),
-            hold=hold,
             facts=facts,
             recorded_at=time.time(),
         )

@@ -139,7 +139,7 @@ def test_no_temporary_files_are_left(store: SessionStore) -> None:
 def test_undecided_session_names_the_very_process(store: SessionStore) -> None:
     child = subprocess.Popen(["sleep", "60"])
     try:
-        store.record_undecided(SESSION, child.pid, "unix:/x", hold="sigstop", tracker="scan")
+        store.record_undecided(SESSION, child.pid, "unix:/x", tracker="scan")
         (record,) = store.list_undecided()
         assert record == store.lookup_undecided(SESSION)
         assert (record.pid, record.address, record.facts) == (

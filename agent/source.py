@@ -261,6 +261,7 @@ class _Migration:
             bandwidth_bytes_per_s=self.options.bandwidth_limit,
         )
         self.phase = link.channel.phase = "rounds"
+        self.reporter.phase(self.phase)
         while self.options.max_rounds:
             number = len(self.reports)
             start_s = self.clock.elapsed_s

@@ -31,12 +31,15 @@ from tests.migrate.crossing import (
     start_agent_send,
     start_workload,
     traces_of,
+    wait_for_event,
 )
 
 ROUNDS = int(os.environ.get("FERRY_KILL_ROUNDS", "4"))
 SEED = int(os.environ.get("FERRY_KILL_SEED", "1"))
 # The longest a migration of the small workload takes; instants are drawn from it.
 SPAN_S = 1.6
+SLOW = ["--bandwidth-limit=2M", "--compress=none"]
+"""With this the first round takes seconds."""
 
 
 def start(source: Host, directory: Path) -> Workload:
@@ -143,10 +146,8 @@ def test_interrupted_sender_aborts_cleanly(source: Host, destination: Host, tmp_
     workload = start(source, tmp_path)
     before = traces_of(source, workload.pid)
     receiver = Receiver(destination, tmp_path)
-    slow = ["--bandwidth-limit=2M", "--compress=none"]
-    sender, _ = start_agent_send(source, tmp_path, *slow, workload.pid, receiver.address)
-    wait_until(lambda: "State:" in (source.proc(sender.inner) / "status").read_text(), "the sender")
-    time.sleep(0.8)  # into the first round: at 2 MB/s it takes seconds
+    sender, _ = start_agent_send(source, tmp_path, *SLOW, workload.pid, receiver.address)
+    wait_for_event(sender, phase="rounds")
     sender.kill(15)
     _, stderr = sender.communicate()
     assert sender.wait() == FAILED, stderr
@@ -226,14 +227,11 @@ def test_target_that_dies_meanwhile_is_an_ordinary_failure(
 ) -> None:
     workload = start(source, tmp_path)
     receiver = Receiver(destination, tmp_path)
-    with killed_after(workload.process.kill, 1.5):
-        run = agent_send(
-            source, tmp_path, "--bandwidth-limit=2M", "--compress=none", workload.pid, receiver.address
-        )
-    assert run.status == FAILED, str(run)
-    if any(event["event"] == "connected" for event in run.events):
-        assert receiver.finish().status == FAILED
-    else:
-        receiver.process.kill()  # nobody came, on a very busy machine: it waits on
-        receiver.finish()
+    sender, _ = start_agent_send(source, tmp_path, *SLOW, workload.pid, receiver.address)
+    wait_for_event(sender, phase="rounds")
+    workload.process.kill()
+    stdout, stderr = sender.communicate()
+    assert sender.wait() == FAILED, stdout
+    assert b"exited" in stdout and b"Traceback" not in stderr, (stdout, stderr)
+    assert receiver.finish().status == FAILED
     assert destination.processes() == {}

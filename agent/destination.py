@@ -206,7 +206,8 @@ class _Migration:
             try:
                 aborted = self.store.abort(self.hello.session) == ABORTED
             except MigrationError as err:
-                _log.warning("%s", err)
+                level = logging.WARNING if self.committing else logging.DEBUG
+                _log.log(level, "Cannot tell what became of session %s: %s", self.hello.session, err)
         if self.rebuild is not None:
             if aborted or not self.committing:
                 self.rebuild.abandon()

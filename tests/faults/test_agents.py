@@ -1,7 +1,7 @@
 """Agents killed at random instants, unreachable and incompatible peers: exactly one copy runs, or none
 and one is kept.
 
-FERRY_KILL_ROUNDS: how many random instants each test tries (default 4; a soak run takes hundreds).
+FERRY_KILL_ROUNDS: how many random instants each test tries (default 3; a soak run takes hundreds).
 FERRY_KILL_SEED: where the instants start from, to repeat a failure.
 """
 
@@ -35,7 +35,7 @@ from tests.migrate.crossing import (
     wait_for_event,
 )
 
-ROUNDS = int(os.environ.get("FERRY_KILL_ROUNDS", "4"))
+ROUNDS = int(os.environ.get("FERRY_KILL_ROUNDS", "3"))
 SEED = int(os.environ.get("FERRY_KILL_SEED", "1"))
 # The longest a migration of the small workload takes; instants are drawn from it.
 SPAN_S = 1.6

@@ -29,7 +29,7 @@ from agent.preflight import find_restore_obstacles, only
 from agent.rebuild import Rebuild
 from agent.report import CompletedReport, PhaseClock, Reporter
 from agent.serve import serve
-from agent.session_store import COMMITTED, DecisionRecord, SessionStore
+from agent.session_store import ABORTED, COMMITTED, DecidedRecord, SessionStore
 from agent.target.tracer import release_hold
 from agent.types import Obstacle
 from agent.version import SOFTWARE
@@ -104,26 +104,25 @@ def _answer_resolve(link: Link, store: SessionStore, message: Resolve) -> None:
     link.channel.close_gracefully()
 
 
-def _settle(store: SessionStore, session: str) -> DecisionRecord | None:
+def _settle(store: SessionStore, session: str) -> DecidedRecord | None:
     """Decide a session and have its copy follow the decision; None: it is not known here.
 
     An agent that died within the commit left the copy stopped and the rest to do.
     """
-    prepared = store.lookup_prepared(session)
-    record = store.lookup(session) or (prepared and store.abort(session))
-    if record is None:
-        return None
+    if store.lookup_prepared(session) is not None:
+        store.abort(session)
+    record = store.lookup(session)
+    if record is None or not record.copy.still_exists():
+        return record
     if record.decision == COMMITTED:
-        if record.still_exists():
-            try:
-                release_hold(record.pid)
-            except MigrationError as err:
-                _log.warning("Cannot let process %d go: %s", record.pid, err)
-    elif prepared is not None and prepared.still_exists():
+        try:
+            release_hold(record.copy.pid)
+        except MigrationError as err:
+            _log.warning("Cannot let process %d go: %s", record.copy.pid, err)
+    else:
         # Its agent, should it still live, finds the decision when it is about to commit.
         with contextlib.suppress(ProcessLookupError):
-            os.kill(prepared.pid, signal.SIGKILL)
-    store.forget_prepared(session)
+            os.kill(record.copy.pid, signal.SIGKILL)
     return record
 
 
@@ -150,6 +149,9 @@ class _Migration:
         self._hurry = contextlib.ExitStack()
         self.prepared = False
         """Whether the session store knows of this session."""
+        self.committing = False
+        """Whether the session may have been recorded as committed."""
+        self.committed = False
 
     def run(self) -> int:
         """Go through all phases; return the exit status."""
@@ -194,25 +196,34 @@ class _Migration:
         self._hurry.enter_context(urgent())
 
     def give_up(self, error: BaseException) -> None:
-        """End what was built, tell the source, record that this session came to nothing."""
+        """Record that this session came to nothing, end what was built, tell the source."""
         self._hurry.close()
-        if self.link.state in (SessionState.COMMITTED, SessionState.COMPLETED):
+        if self.committed:
             return
-        self._abandon()
-        obstacles = error.obstacles if isinstance(error, RefusedError) else ()
-        self.link.abort(self.phase, str(error) or type(error).__name__, obstacles)
+        if self._abandon():
+            obstacles = error.obstacles if isinstance(error, RefusedError) else ()
+            self.link.abort(self.phase, str(error) or type(error).__name__, obstacles)
         self.reporter.failed(error, phase=self.phase, session=self.hello.session)
 
-    def _abandon(self) -> None:
-        try:
-            if self.rebuild is not None:
+    def _abandon(self) -> bool:
+        """End the copy, as far as it is certain that it is not the process; return whether the source may hear of it.
+
+        In this order: the record comes first, so that whatever happens next the session can only be found aborted.
+        """
+        aborted = not self.prepared
+        if self.prepared:
+            try:
+                aborted = self.store.abort(self.hello.session) == ABORTED
+            except MigrationError as err:
+                level = logging.WARNING if self.committing else logging.DEBUG
+                _log.log(level, "Cannot tell what became of session %s: %s", self.hello.session, err)
+        if self.rebuild is not None:
+            if aborted or not self.committing:
                 self.rebuild.abandon()
-        finally:
-            if self.prepared:
-                # Should the source come to ask, it hears that this was a failure and not that nobody knows.
-                with contextlib.suppress(MigrationError):
-                    self.store.abort(self.hello.session)
-                self.store.forget_prepared(self.hello.session)
+            else:
+                # Both copies stay stopped until the record can be read.
+                self.rebuild.leave_held()
+        return aborted or self.link.state is not SessionState.COMMITTED
 
     # -- while the source runs -------------------------------------------------------------------------
 
@@ -320,26 +331,22 @@ class _Migration:
     def _commit(self, rebuild: Rebuild) -> None:
         self.link.expect(Commit)
         if self.link.recorded:
+            self.committed = True
             rebuild.release()
             return
-        try:
-            # In this order: a copy that neither dies with the agent nor is held would run undecided, and
-            # one that is committed but dies with the agent would be lost.
-            rebuild.hold()
-            record = self.store.commit(self.hello.session)
-            if record.decision != COMMITTED:
-                raise TransferError(f"Session {self.hello.session} was resolved as aborted")
-        except BaseException:
-            self._abandon()
-            raise
-        # The point of no return: from here on the copy is the process.
+        # In this order: a copy that neither dies with the agent nor is held would run undecided, and one that is
+        # committed but dies with the agent would be lost.
+        rebuild.hold()
+        self.committing = True
+        if self.store.commit(self.hello.session) != COMMITTED:
+            raise TransferError(f"Session {self.hello.session} was resolved as aborted")
+        self.committed = True  # The point of no return: from here on the copy is the process.
         released_ns = rebuild.release()
         try:
             self.link.send(Resumed(pid=rebuild.ns_pid, released_monotonic_ns=released_ns))
         except TransferError as err:
             # It runs, and the record says so: the source learns it by --resolve.
             _log.warning("Cannot tell the source that process %d runs: %s", rebuild.pid, err)
-        self.store.forget_prepared(self.hello.session)
 
     def _complete(self, rebuild: Rebuild, *, verified: bool | None) -> None:
         try:

@@ -411,9 +411,20 @@ class Rebuild:
     # -- the end ---------------------------------------------------------------------------------------
 
     def hold(self) -> None:
-        """Keep the copy stopped whatever happens to this agent; it no longer dies with it."""
+        """Keep the copy stopped whatever happens to this agent; it no longer dies with it.
+
+        :raises TargetGone: somebody has killed it.
+        """
         self.tracer.hold()
         self.tracer.spare_on_exit()
+        if not self.tracer.still_stopped():
+            raise TargetGone(f"Process {self.pid} was killed")
+
+    def leave_held(self) -> None:
+        """Let go of a copy that hold() keeps stopped: whoever learns what it is will end it or set it free."""
+        self._released = True
+        self.tracer.detach_all()
+        self._cleanup.close()
 
     def release(self) -> int:
         """Let the copy run; returns the CLOCK_MONOTONIC time of the last thread's release in ns."""

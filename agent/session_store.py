@@ -1,17 +1,17 @@
 """Durable records of how sessions ended, one small JSON file each.
 
-The destination prepares a session before the source is frozen: the record of its commit is written
-and synced, under another name, with the process that it is about. Committing is then one link(2).
-The first decision stands, whoever makes it, which is what makes the answer to ``--resolve`` final:
-to ask about a prepared session that has no decision *makes* it aborted, and a COMMIT that arrives
-later finds that out. A session that was never prepared here is unknown, which is no answer: it may
-have been committed by an agent with another directory.
+The destination prepares a session before the source is frozen: a record of the process that is to be
+committed is written and synced. To decide is then one rename(2), which needs no room on the disk; the new
+name says what was decided. Only one can succeed, so the first decision stands, whoever makes it, which is
+what makes the answer to ``--resolve`` final: to ask about a prepared session that has no decision *makes*
+it aborted, and a COMMIT that arrives later finds that out. A session that was never prepared here is
+unknown, which is no answer: it may have been committed by an agent with another directory.
 
 The source records a session before it freezes the target, and forgets it once it is settled.
 
 The default directory is on a tmpfs: a record outlives the agent and, like the processes it speaks
 of, not a reboot. Session names come from the peer and become file names: nothing but 32 hex digits
-passes. Files are complete or absent (written aside, synced, then linked or renamed).
+passes. Files are complete or absent (written aside, synced, then renamed).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import os
 import re
 import time
 from dataclasses import asdict, dataclass, fields
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from agent.errors import SetupError, UsageError
 
@@ -38,33 +38,37 @@ _SESSION_RE = re.compile(r"[0-9a-f]{32}\Z")
 KEEP_DECISIONS_S = 30 * 86400
 """How long a decision can be asked for. A source that asks later is told that it is unknown, and
 keeps its frozen original."""
-_DECISION_SUFFIX = ".decision.json"
+_DECISION_SUFFIXES = {COMMITTED: ".committed.json", ABORTED: ".aborted.json"}
 _PREPARED_SUFFIX = ".prepared.json"
 _UNDECIDED_SUFFIX = ".undecided.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DecisionRecord:
-    """What the destination decided; ``pid`` is the restored process (0 when aborted).
+class PreparedRecord:
+    """The copy that the destination has built, or builds, for a session.
 
     ``start_ticks`` and ``boot_id`` as in UndecidedRecord.
     """
 
     session: str
-    decision: str
-    pid: int = 0
-    start_ticks: int = 0
-    boot_id: str = ""
+    pid: int
+    start_ticks: int
+    boot_id: str
     recorded_at: float = 0.0
 
     def __post_init__(self) -> None:
         check_session(self.session)
-        if self.decision not in (COMMITTED, ABORTED):
-            raise ValueError(f"decision {self.decision!r}")
 
     def still_exists(self) -> bool:
         """Whether the very process of the record is still there."""
         return _is_there(self.pid, self.start_ticks, self.boot_id)
+
+
+class DecidedRecord(NamedTuple):
+    """What was decided, COMMITTED or ABORTED, about which copy."""
+
+    decision: str
+    copy: PreparedRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,8 +76,7 @@ class UndecidedRecord:
     """A frozen original whose COMMIT went unanswered.
 
     ``start_ticks`` (proc_pid_stat(5), starttime) and ``boot_id`` tell the process from a later one
-    with the same pid; ``hold`` says how it is kept from running (``sigstop`` or the path of a
-    cgroup); ``facts`` is for whatever else the source needs to let it go or end it.
+    with the same pid; ``facts`` is for whatever else the source needs to let it go or end it.
     """
 
     session: str
@@ -81,7 +84,6 @@ class UndecidedRecord:
     address: str
     start_ticks: int
     boot_id: str
-    hold: str = "sigstop"
     facts: dict[str, Any]
     recorded_at: float = 0.0
 
@@ -97,7 +99,7 @@ def _is_there(pid: int, ticks: int, boot: str) -> bool:
     return pid > 0 and boot == boot_id() and ticks == start_ticks(pid)
 
 
-_Record = TypeVar("_Record", DecisionRecord, UndecidedRecord)
+_Record = TypeVar("_Record", PreparedRecord, UndecidedRecord)
 
 
 def default_state_dir() -> str:
@@ -165,68 +167,67 @@ class SessionStore:
         :raises SetupError: it could not be recorded; the session cannot be committed then.
         """
         self._prune()
-        record = self._decision(session, COMMITTED, pid)
-        self._rename(self._write_aside(session, asdict(record)), session, _PREPARED_SUFFIX)
-
-    def commit(self, session: str) -> DecisionRecord:
-        """Commit a prepared session, unless it was decided, and return the decision that stands.
-
-        :raises SetupError: it could not be recorded; nothing may be answered or resumed then.
-        """
-        return self._decide(session, self._path(session, _PREPARED_SUFFIX))
-
-    def abort(self, session: str) -> DecisionRecord:
-        """Record that the session came to nothing, unless it was decided, and return what stands.
-
-        :raises SetupError: it could not be recorded.
-        """
-        temporary = self._write_aside(session, asdict(self._decision(session, ABORTED, 0)))
-        try:
-            return self._decide(session, temporary)
-        finally:
-            os.unlink(temporary)
-
-    def forget_prepared(self, session: str) -> None:
-        """The session is decided, and so is what becomes of its process."""
-        with contextlib.suppress(OSError):
-            os.unlink(self._path(session, _PREPARED_SUFFIX))
-
-    def lookup_prepared(self, session: str) -> DecisionRecord | None:
-        """What would be committed; None if the session is not prepared (any more)."""
-        return self._read(session, _PREPARED_SUFFIX, DecisionRecord)
-
-    def _decision(self, session: str, decision: str, pid: int) -> DecisionRecord:
-        return DecisionRecord(
+        record = PreparedRecord(
             session=session,
-            decision=decision,
             pid=pid,
-            start_ticks=(start_ticks(pid) or 0) if pid else 0,
+            start_ticks=start_ticks(pid) or 0,
             boot_id=boot_id(),
             recorded_at=time.time(),
         )
+        self._rename(self._write_aside(session, asdict(record)), session, _PREPARED_SUFFIX)
 
-    def _decide(self, session: str, written: str) -> DecisionRecord:
+    def commit(self, session: str) -> str:
+        """Commit a prepared session, unless it was decided, and return the decision that stands.
+
+        :raises SetupError: as for decide().
+        """
+        return self.decide(session, COMMITTED)
+
+    def abort(self, session: str) -> str:
+        """Record that a prepared session came to nothing, unless it was decided, and return what stands.
+
+        :raises SetupError: as for decide().
+        """
+        return self.decide(session, ABORTED)
+
+    def decide(self, session: str, decision: str) -> str:
+        """Decide a prepared session, unless it was decided, and return the decision that stands.
+
+        :raises SetupError: it could not be recorded, or what stands cannot be read: whoever has tried to commit
+            does not know whether the session is committed.
+        """
         try:
-            # link(2) fails if the name exists: the first decision wins, also between two agents.
-            os.link(written, self._path(session, _DECISION_SUFFIX))
-            self._sync_directory()
-        except (FileExistsError, FileNotFoundError):
-            pass  # decided already; what was prepared may have been removed since
+            # The prepared record goes with it: only one can have it.
+            os.rename(
+                self._path(session, _PREPARED_SUFFIX),
+                self._path(session, _DECISION_SUFFIXES[decision]),
+            )
+        except FileNotFoundError:
+            standing = self.lookup(session)
+            if standing is None:
+                raise SetupError(f"Session {session} was not prepared here") from None
+            decision = standing.decision
         except OSError as err:
             raise SetupError(f"Cannot record session {session}: {err.strerror}") from err
-        standing = self.lookup(session)
-        if standing is None:
-            raise SetupError(f"Cannot read the recorded decision of session {session}")
-        return standing
+        self._sync_directory()
+        return decision
 
-    def lookup(self, session: str) -> DecisionRecord | None:
+    def lookup(self, session: str) -> DecidedRecord | None:
         """The decision of a session; None if there is none."""
-        return self._read(session, _DECISION_SUFFIX, DecisionRecord)
+        for decision, suffix in _DECISION_SUFFIXES.items():
+            record = self._read(session, suffix, PreparedRecord)
+            if record is not None:
+                return DecidedRecord(decision, record)
+        return None
+
+    def lookup_prepared(self, session: str) -> PreparedRecord | None:
+        """What would be committed; None if the session is not prepared, or decided."""
+        return self._read(session, _PREPARED_SUFFIX, PreparedRecord)
 
     # -- source ------------------------------------------------------------------------------------
 
     def record_undecided(
-        self, session: str, pid: int, address: str, *, hold: str = "sigstop", **facts: Any
+        self, session: str, pid: int, address: str, **facts: Any
     ) -> UndecidedRecord:
         """Record, before COMMIT is sent, that the original is frozen and why.
 
@@ -238,7 +239,6 @@ class SessionStore:
             address=address,
             start_ticks=start_ticks(pid) or 0,
             boot_id=boot_id(),
-            hold=hold,
             facts=facts,
             recorded_at=time.time(),
         )
@@ -287,7 +287,7 @@ class SessionStore:
         oldest = time.time() - KEEP_DECISIONS_S
         with contextlib.suppress(OSError), os.scandir(self.directory) as entries:
             for entry in entries:
-                decided = entry.name.endswith((_DECISION_SUFFIX, _PREPARED_SUFFIX))
+                decided = entry.name.endswith((*_DECISION_SUFFIXES.values(), _PREPARED_SUFFIX))
                 if decided and entry.stat(follow_symlinks=False).st_mtime < oldest:
                     os.unlink(entry.path)
 

@@ -262,6 +262,7 @@ class _Migration:
             bandwidth_bytes_per_s=self.options.bandwidth_limit,
         )
         self.phase = link.channel.phase = "rounds"
+        self.reporter.phase(self.phase)
         while self.options.max_rounds:
             number = len(self.reports)
             start_s = self.clock.elapsed_s
@@ -398,7 +399,7 @@ class _Migration:
             return link.expect(Resumed)
         except Exception as err:
             if link.state is SessionState.FAILED:
-                # The destination had given up before our Commit reached it: it will not run the copy.
+                # The destination has given up and will never run the copy: its record says so.
                 tracer.unhold()
                 raise
             link.lost()

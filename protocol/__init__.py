@@ -40,8 +40,13 @@ Sequence
       |   kill the original                              |
 
 Abort ends it from either side at any time before Commit (FAILED). Losing the link does the same,
-except after Commit: UNDECIDED. Then, on a new connection: Resolve -> / <- Resolution. An Abort
-the destination sent before Commit reached it is as good as one before: the source goes on.
+except after Commit: UNDECIDED. Then, on a new connection: Resolve -> / <- Resolution.
+
+After Commit the destination alone may still send Abort, and the source then goes on: one that was
+on its way already, or one that says that the copy could not be taken over after all. Of the latter
+it must first make certain that no copy can run: its record of the session says "aborted", for good
+and durably, and the copy is ended. A destination that has recorded "committed", or cannot tell what
+it has recorded, never sends it.
 
 A recorded stream (an image) has the left column only. Every answer counts as given when it is due.
 
@@ -61,7 +66,7 @@ Messages
     10   Restored               <-            RESTORING
     11   Commit                 ->            RESTORED
     12   Resumed                <-            COMMITTED
-    13   Abort                  <->           up to RESTORED; crossing Commit: <- in COMMITTED
+    13   Abort                  <->           up to RESTORED; only <- in COMMITTED
     14   Resolve                ->            IDLE
     15   Resolution             <-            RESOLVING
     16   ChannelAnnouncement    ->            first on every further connection (channel.py)

@@ -11,8 +11,10 @@ The states around the point of no return, where it matters who knows what:
                 destination records "aborted" and drops its copy, the source goes on.
     COMMITTED   Commit sent (source) or received (destination). From here no event leads the
                 source back to running by itself: if the link dies, or talks nonsense, UNDECIDED.
-                Only one thing does: an Abort of the destination. It cannot send one after it has
-                received Commit, so it decided before, and will refuse the Commit on its way.
+                Only one thing does: an Abort of the destination. It gave up before Commit reached
+                it, and will refuse that, or it failed afterwards: then it may send Abort only
+                once its copy is ended and its durable record says "aborted". One that cannot
+                tell what its record says keeps silent.
     UNDECIDED   source: both copies frozen until Resolve tells; destination: it has committed and
                 runs, only the source does not know yet.
 
@@ -102,7 +104,7 @@ class SessionInput(enum.Enum):
     COMMIT = "Commit"
     RESUMED = "Resumed"
     ABORT = "Abort"
-    LATE_ABORT = "Abort that crossed Commit"
+    LATE_ABORT = "Abort after Commit"
     RESOLVE = "Resolve"
     RESOLUTION = "Resolution"
     LOST = "loss of the peer"
@@ -319,7 +321,7 @@ class Session:
 
     def _advance(self, message: Message, error: type[ProtocolError]) -> None:
         outgoing = error is LocalProtocolError
-        what = self._input_of(message, outgoing=outgoing)
+        what = self._input_of(message)
         if what is None:
             raise error(f"{type(message).__name__} does not belong on a control channel")
         state = self._next_state(what, outgoing=outgoing, error=error)
@@ -329,11 +331,10 @@ class Session:
         self._note(message)
         self._state = _IMPLIED.get(state, state) if self.recorded else state
 
-    def _input_of(self, message: Message, *, outgoing: bool) -> SessionInput | None:
+    def _input_of(self, message: Message) -> SessionInput | None:
         if isinstance(message, Prepared) and message.obstacles:
             return SessionInput.REFUSED
-        crossed = self._state is SessionState.COMMITTED and self.role is Role.SOURCE
-        if isinstance(message, Abort) and crossed and not outgoing:
+        if isinstance(message, Abort) and self._state is SessionState.COMMITTED:
             return SessionInput.LATE_ABORT
         return _INPUTS.get(type(message))
 

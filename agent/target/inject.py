@@ -13,6 +13,12 @@ batch, a stopped thread is
 Closing runs munmap in the same way, stops the thread right behind it, restores the mask, then the exact registers
 (again this order) with orig_rax, so that the kernel itself restarts the interrupted system call, then the tail.
 
+Batches in several threads at once share the scratch mapping. The first thread unmaps it when the others have left, so
+it must know of each that enters or is taken out: yet an agent may die between two requests. So a thread is sent in
+(_send_in) by pointing it at code that looks for its ticket in the mapping first, and goes home when there is none; only
+then is the ticket written, by the same write that makes the first thread wait. It is taken out (_take_out) in the same
+way: pointed at that code again, then the ticket is withdrawn, then it is restored.
+
 At every instant the thread is either untouched, or in code that ends with its registers and mask restored and the
 scratch mapping gone. No single-stepping, no breakpoints: both kill a target whose tracer died. Signals that arrive
 stay in their queues; a signal that had left its queue already is put back first (_requeue_signal). SIGSTOP cannot be
@@ -29,6 +35,7 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import signal
 import struct
 import time
@@ -39,8 +46,10 @@ from typing import Final, final
 from agent.errors import FreezeError, InjectError, TargetGone
 from agent.kernel import ptrace
 from agent.kernel.arch import SYSCALL_ARGUMENTS, SYSCALL_INSTRUCTION, user_regs_struct
+from agent.kernel.futex import FUTEX_CMP_REQUEUE, FUTEX_PRIVATE_FLAG
 from agent.kernel.syscalls import (
     NR_exit,
+    NR_futex,
     NR_madvise,
     NR_mmap,
     NR_mremap,
@@ -100,6 +109,8 @@ class Injector:
         self._fresh = False  # nothing has run since it was mapped
         self._host: TracedThread | None = None  # the thread that is in the routine (crash_safe)
         self._tail: Tail | None = None
+        self._stubs: dict[int, int] = {}  # return address -> stub for blocks in the scratch mapping
+        self._ticket = 0
 
     def __enter__(self) -> Injector:
         return self
@@ -148,7 +159,7 @@ class Injector:
     def _run(self, batches: Mapping[int, Batch], threads: list[TracedThread]) -> None:
         sizes = [_control_and_batch_bytes(batches[t.tid]) for t in threads]
         nr_workers = len(threads) - 1
-        total = _align(sum(sizes) + nr_workers * routine.BLOCK_BYTES)
+        total = _align(sum(sizes)) + (nr_workers + 1) * routine.BLOCK_STRIDE
         self._enter(threads[0], total)
         base = self._area_start()
         fresh, self._fresh = self._fresh, False
@@ -158,21 +169,21 @@ class Injector:
             controls.append(base)
             packed.append(batches[thread.tid].pack(base + _HEAD_BYTES))
             base += size
-        blocks = [base + i * routine.BLOCK_BYTES for i in range(nr_workers)]
+        base = (base + routine.BLOCK_STRIDE - 1) & -routine.BLOCK_STRIDE
+        blocks = [base + i * routine.BLOCK_STRIDE for i in range(nr_workers)]
         self._write_batches(threads, controls, packed, blocks)
         try:
             self._start(threads, controls, packed, blocks, fresh=fresh)
             self._finish(threads, controls)
         except BaseException:
-            self._recover_workers(threads[1:])
+            self._recover_workers(threads[1:], blocks)
             raise
         for thread, plan in zip(threads, packed):
             after = self._memory.read(plan.first, len(plan.content))
             batches[thread.tid].unpack(plan.first, after)
         if self.crash_safe:
             for thread, block in zip(threads[1:], blocks):
-                self._restore_exactly(thread)
-                self._mark_as_left(block)
+                self._take_out(thread, block)
 
     def _write_batches(
         self,
@@ -200,12 +211,10 @@ class Injector:
             return
         assert self._tail is not None
         rips = [restart.healing_regs(thread.regs).rip for thread in threads[1:]]
-        stubs = self._tail.write_stubs(list(dict.fromkeys(rips)))
-        for thread, block, rip in zip(threads[1:], blocks, rips):
-            content = _block(thread, stubs[rip], 0, self._tail.heal)
-            # Until its thread is pointed at the routine a block counts as read to the end.
-            at = routine.BLOCK_R15
-            self._memory.write(block, content[:at] + struct.pack("<Q", block) + content[at + 8 :])
+        self._stubs = self._tail.write_stubs(list(dict.fromkeys(rips)))
+        self._ticket = random.getrandbits(32) | 1
+        for block in blocks:
+            self._withdraw_ticket(block)
 
     def _prelude(self, control: int) -> bytes:
         """Return a record, to be made first in a fresh scratch mapping, that keeps it from children forked meanwhile.
@@ -241,18 +250,45 @@ class Injector:
             regs.rbx, regs.rbp = plan.first - prelude, plan.undo
             regs.r13, regs.r14 = plan.undo, plan.end
             if self.crash_safe and index:
-                self._prepare_worker(thread, block, regs)
+                self._send_in(thread, block, regs)
             else:
                 ptrace.setregs(thread.tid, regs)
         for thread in threads:
             self._cont(thread)
 
-    def _prepare_worker(self, thread: TracedThread, block: int, regs: user_regs_struct) -> None:
-        own_r15 = struct.pack("<Q", restart.healing_regs(thread.regs).r15)
-        self._memory.write(block + routine.BLOCK_R15, own_r15)
-        ptrace.setregs(thread.tid, regs)
+    def _send_in(self, thread: TracedThread, block: int, regs: user_regs_struct) -> None:
+        assert self._tail is not None
+        healing = restart.healing_regs(thread.regs)
+        self._point_at_join(thread, block, regs)
         ptrace.setsigmask(thread.tid, ALL_BLOCKED)
         self._requeue_signal(thread)
+        content = _block(thread, self._stubs[healing.rip], self._ticket, self._tail.heal)
+        self._memory.write(block, content)
+
+    def _take_out(self, thread: TracedThread, block: int) -> None:
+        regs = thread.regs.copy()
+        regs.rbx = regs.rbp = regs.r13 = 0  # no calls to make: should it find its ticket it leaves at once
+        self._point_at_join(thread, block, regs)
+        self._withdraw_ticket(block)
+        self._restore_exactly(thread)
+
+    def _point_at_join(self, thread: TracedThread, block: int, regs: user_regs_struct) -> None:
+        """Point a thread at the code that goes on with ``regs`` (rbx, rbp, r12-r14) if its ticket is there."""
+        assert self._tail is not None
+        tail, rip = self._tail, restart.healing_regs(thread.regs).rip
+        way_back = _block(thread, tail.stub_of(tail.passing), 0, tail.heal)
+        tail.write_slot(tail.passing, way_back, rip)
+        regs.rip, regs.orig_rax, regs.r15 = tail.join, _U64, tail.passing
+        regs.rax, regs.rsi, regs.r9 = NR_futex, FUTEX_CMP_REQUEUE | FUTEX_PRIVATE_FLAG, self._ticket
+        regs.rdi = regs.r8 = block + routine.BLOCK_TICKET
+        regs.rdx = regs.r10 = 0
+        ptrace.setregs(thread.tid, regs)
+
+    def _withdraw_ticket(self, block: int) -> None:
+        """Have the first thread wait for the thread of this block no more: the block counts as read to the end."""
+        gone = bytearray(routine.BLOCK_BYTES)
+        struct.pack_into("<Q", gone, routine.BLOCK_R15, block)
+        self._memory.write(block, bytes(gone))
 
     def _finish(self, threads: list[TracedThread], controls: list[int]) -> None:
         """Wait until every routine reports, then stop the threads where they wait."""
@@ -353,21 +389,17 @@ class Injector:
             self._cont(thread, sig)
             time.sleep(0.001)
 
-    def _mark_as_left(self, block: int) -> None:
-        """Tell the leader's routine that no thread needs this block any more."""
-        self._memory.write(block + routine.BLOCK_R15, struct.pack("<Q", block))
-
-    def _recover_workers(self, workers: list[TracedThread]) -> None:
+    def _recover_workers(self, workers: list[TracedThread], blocks: list[int]) -> None:
         """After a failure: no thread but the host may go on using the scratch mapping."""
         if not self.crash_safe:
             return
-        for thread in workers:
+        for thread, block in zip(workers, blocks):
             try:
                 if not thread.stopped:
                     ptrace.interrupt(thread.tid)
                     self._wait_event_stop(thread)
                 if self._is_ours(ptrace.getregs(thread.tid).rip):
-                    self._restore_exactly(thread)
+                    self._take_out(thread, block)
                 else:
                     thread.forget()
             except (ProcessLookupError, TargetGone):
@@ -397,7 +429,10 @@ class Injector:
         self._study(thread)
         tail = self._ensure_tail()
         healing = restart.healing_regs(thread.regs)
-        tail.write(_block(thread, tail.exit_stub, nr_bytes, tail.gather), healing.rip)
+        tail.write()
+        tail.write_slot(
+            tail.block, _block(thread, tail.stub_of(tail.block), nr_bytes, tail.gather), healing.rip
+        )
         regs = thread.regs.copy()
         regs.rip, regs.orig_rax, regs.r15 = tail.map, _U64, tail.block
         regs.rax, regs.rdi, regs.rsi, regs.rdx = NR_mmap, 0, nr_bytes, _PROT_RW
@@ -657,11 +692,11 @@ class Injector:
         return chunks
 
 
-def _block(thread: TracedThread, stub: int, scratch_bytes: int, leave: int) -> bytes:
-    """Return what a thread needs to find back by itself, as routine_x86_64 reads it."""
+def _block(thread: TracedThread, stub: int, extra: int, leave: int) -> bytes:
+    """Return what a thread needs to find back by itself, as routine_x86_64 reads it; ``extra``: size or ticket."""
     regs = restart.healing_regs(thread.regs)
     words = [getattr(regs, name) for name in routine.BLOCK_REGS]
-    words += [stub, thread.sigmask, ALL_BLOCKED, scratch_bytes, leave]
+    words += [stub, thread.sigmask, ALL_BLOCKED, extra, leave]
     return struct.pack("<22Q", *words)
 
 

@@ -27,8 +27,13 @@ Entry points, and what happens at each:
               thread there; do the undo records; leave through block.leave: to gather, heal or park.
     gather    for the thread that unmaps: wait until all threads whose blocks are in the scratch mapping have read
               their last word of it (their stubs swap r15 with the block's own address), then unmap. After half
-              a second leave it mapped: a thread may be using it for some reason, and a leak harms nobody.
+              a second leave it mapped: a thread that got no CPU all the while may be using it, and a leak harms
+              nobody.
     park      for a skeleton that dies with the agent: wait forever.
+    join      for a thread that another one, who unmaps, may or may not be waiting for. It begins at a futex call,
+              set up in the registers, that only compares: does the word at rdi, in the thread's block in the scratch
+              mapping, hold the ticket (r9)? Then the other thread waits, the mapping stays, and r15 becomes that
+              block. Else (also when nothing is mapped there any more) heal, with the block that r15 points at.
 
 The bytes were assembled with GNU as (Intel syntax); the listing is objdump's.
 """
@@ -44,8 +49,11 @@ BLOCK_REGS: Final = (
     "eflags", "rsp",
 )  # fmt: skip
 BLOCK_R15: Final = 112
+BLOCK_TICKET: Final = 160
 BLOCK_BYTES: Final = 176
-"""17 registers, then: exit stub, signal mask, all-blocked mask, scratch size, where to leave to."""
+"""17 registers, then: exit stub, signal mask, all-blocked mask, scratch size or ticket, where to leave to."""
+BLOCK_STRIDE: Final = 256
+"""From one block in the scratch mapping to the next: none lies in two pages, so one write of it is all or nothing."""
 
 CONTROL_DONE: Final = 0
 CONTROL_NR_WORKERS: Final = 8
@@ -66,7 +74,8 @@ HEAL: Final = 0x01B
 BATCH: Final = 0x09E
 GATHER: Final = 0x12C
 PARK: Final = 0x198
-_EXIT_TAIL: Final = 0x1CD
+JOIN: Final = 0x1CD
+_EXIT_TAIL: Final = 0x1E3
 
 CODE: Final = bytes.fromhex(
     # map:
@@ -160,7 +169,7 @@ CODE: Final = bytes.fromhex(
     "7447"                    # 13e je gather_done
     "483b5270"                # 140 cmp rdx,[rdx+0x70]
     "750c"                    # 144 jne gather_wait
-    "4881c2b0000000"          # 146 add rdx,0xb0
+    "4881c200010000"          # 146 add rdx,0x100
     "48ffc9"                  # 14d dec rcx
     "ebe9"                    # 150 jmp gather_next
     # gather_wait:
@@ -192,12 +201,18 @@ CODE: Final = bytes.fromhex(
     "41b808000000"            # 1c3 mov r8d,0x8
     "0f05"                    # 1c9 syscall
     "ebcb"                    # 1cb jmp park
+    # join:
+    "0f05"                    # 1cd syscall
+    "85c0"                    # 1cf test eax,eax
+    "0f8544feffff"            # 1d1 jne heal
+    "4c8dbf60ffffff"          # 1d7 lea r15,[rdi - ticket]
+    "e9bbfeffff"              # 1de jmp batch
     # exit_tail:
-    "4d8b7f70"                # 1cd mov r15,[r15 + r15]
-    "ff2500000000"            # 1d1 jmp [rip+0x0]
+    "4d8b7f70"                # 1e3 mov r15,[r15 + r15]
+    "ff2500000000"            # 1e7 jmp [rip+0x0]
     # exit_scratch:
-    "4d877f70"                # 1d7 xchg [r15 + r15],r15
-    "ff2500000000"            # 1db jmp [rip+0x0]
+    "4d877f70"                # 1ed xchg [r15 + r15],r15
+    "ff2500000000"            # 1f1 jmp [rip+0x0]
 )
 
 ROUTINE: Final = CODE[:_EXIT_TAIL]

@@ -4,10 +4,11 @@ The tail holds the routine (routine_x86_64) and what a thread needs to find its 
 before any register is changed and cleaned after the last one is restored. Writes go through /proc/PID/mem, which gives
 the target a private copy of the page; nothing shows in its maps.
 
-Layout, from the start of the tail: a header (magic, slot), the routine, two slots for a block with its exit stub, and
-stubs for blocks in the scratch mapping. There are two slots because an agent may find what a killed one left: the
-thread that is healing may have a few instructions to go, so the next agent writes the same code over itself and uses
-the other slot.
+Layout, from the start of the tail: a header (magic, turn), the routine, four slots for a block with its exit stub, and
+stubs for blocks in the scratch mapping. Two slots are in use, one for the thread that unmaps and one for whichever
+other thread is just being sent into the routine or fetched back. The other two belong to the next agent, which may
+find what a killed one left: threads that are healing may have a few instructions to go, so it writes the same code
+over itself and uses the slots that they do not.
 
 Addresses are target addresses.
 """
@@ -32,7 +33,7 @@ _HEADER: Final = struct.Struct("<8sQ")
 _CODE_OFFSET: Final = 16
 _SLOT_BYTES: Final = routine.BLOCK_BYTES + routine.EXIT_BYTES
 _SLOTS_OFFSET: Final = (_CODE_OFFSET + len(routine.ROUTINE) + 15) & ~15
-_STUBS_OFFSET: Final = _SLOTS_OFFSET + 2 * _SLOT_BYTES
+_STUBS_OFFSET: Final = _SLOTS_OFFSET + 4 * _SLOT_BYTES
 MIN_BYTES: Final = _STUBS_OFFSET + routine.EXIT_BYTES
 """Least room that will do: stubs for one thread besides the leader."""
 ALL_BLOCKED: Final = ~((1 << 8) | (1 << 18)) & (1 << 64) - 1
@@ -58,29 +59,34 @@ class Tail:
         """How many different return addresses there is room for, besides the leader's."""
         self._nr_bytes = _STUBS_OFFSET + self.nr_stubs * routine.EXIT_BYTES
         old = memory.read(self.start, self._nr_bytes)
-        magic, slot = _HEADER.unpack_from(old)
+        magic, turn = _HEADER.unpack_from(old)
         leftover = magic == _MAGIC
         self._old = bytes(self._nr_bytes) if leftover else old
-        self._slot = 1 - (slot & 1) if leftover else 0
+        self._turn = 1 - (turn & 1) if leftover else 0
         code = self.start + _CODE_OFFSET
         self.map = code + routine.MAP
         self.unmap = code + routine.UNMAP
         self.heal = code + routine.HEAL
         self.batch = code + routine.BATCH
         self.gather = code + routine.GATHER
-        self.block = self.start + _SLOTS_OFFSET + self._slot * _SLOT_BYTES
-        self._exit = self.block + routine.BLOCK_BYTES
+        self.join = code + routine.JOIN
+        self.block = self.start + _SLOTS_OFFSET + self._turn * 2 * _SLOT_BYTES
+        """Block of the thread that unmaps."""
+        self.passing = self.block + _SLOT_BYTES
+        """Block of a thread on its way in or out."""
 
-    def write(self, block: bytes, return_rip: int) -> None:
-        """Write the routine and the leader's way back; `block` must name exit_stub as its stub."""
-        head = _HEADER.pack(_MAGIC, self._slot) + routine.ROUTINE
-        self._memory.write(self.start, head)
-        self._memory.write(self.block, block + routine.EXIT_TAIL + struct.pack("<Q", return_rip))
+    def write(self) -> None:
+        """Write the routine."""
+        self._memory.write(self.start, _HEADER.pack(_MAGIC, self._turn) + routine.ROUTINE)
 
-    @property
-    def exit_stub(self) -> int:
-        """Address of the leader's stub."""
-        return self._exit
+    def write_slot(self, slot: int, block: bytes, return_rip: int) -> None:
+        """Write a thread's way back; `block` must name stub_of(slot) as its stub."""
+        self._memory.write(slot, block + routine.EXIT_TAIL + struct.pack("<Q", return_rip))
+
+    @staticmethod
+    def stub_of(slot: int) -> int:
+        """Address of the exit stub of a slot (`block` or `passing`)."""
+        return slot + routine.BLOCK_BYTES
 
     def write_stubs(self, rips: list[int]) -> dict[int, int]:
         """Write stubs for blocks in the scratch mapping; return the stub's address by return address."""

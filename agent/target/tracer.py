@@ -359,6 +359,21 @@ class Tracer:
         All threads must be stopped. Set free by the agent's death, each passes the signal queues, under one lock,
         before it runs a single instruction: the first one takes the SIGSTOP and stops all others by that. A process in
         a group-stop, or with a SIGSTOP of its own, stays stopped anyway and gets none. SIGCONT ends the hold.
+
+        A frozen cgroup would hold it as well (a traced thread counts as frozen, and goes on being so when its tracer
+        dies), unseen by its parent and whatever SIGCONT comes. It is the worse choice all the same:
+
+        - The process's own cgroup may hold others, and has none of this in the root cgroup, so the process would have
+          to be moved into one made for it. cgroup.procs waits for an RCU grace period: 9-17 ms here, in the middle of
+          the downtime, where a SIGSTOP takes microseconds. Moved before the freeze, it would stay there when the agent
+          is killed: a process that runs on must be as it was, and /proc/PID/cgroup shows the difference.
+        - A cgroup has one writer, its manager (systemd, a container runtime), whose limits, accounting and notion of
+          what belongs to a service follow it. Neither moving the process nor freezing a cgroup that holds nothing
+          else is ours to do: the manager may thaw it, and a process that joins it would hang.
+        - It needs a writable cgroup2 on both hosts, which containers and version 1 machines do not have: SIGSTOP
+          would have to stay, as a second way with a second set of failures.
+        - What it would improve shows only when the agent dies, or the link breaks, within the milliseconds from COMMIT
+          to the answer, and is over with --resolve.
         """
         if self._held or any(thread.in_group_stop for thread in self.threads.values()):
             return

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 from tests.hosts import Host, InsideProcess, wait_until
 from tests.migrate.crossing import (
@@ -28,7 +28,6 @@ from tests.migrate.crossing import (
     agent_send,
     start_program,
     state_directory,
-    traces_of,
 )
 
 _numbers = itertools.count(1)
@@ -83,18 +82,20 @@ class Arena:
             status=status,
         )
         self.pid = self.workload.pid
-        self.traces = self._settled_traces()
+        self.looks = self._settled_looks()
         self.outcomes: dict[str, int] = {}
+        self.sent: Optional[Run] = None
+        """The last agent-send."""
         self.last_total_s = 1.0
         self.last_downtime_s = 0.1
 
-    def _settled_traces(self) -> dict[str, object]:
+    def _settled_looks(self) -> dict[str, object]:
         # The first seconds of a Python program map this and that.
         last: list[dict[str, object]] = [{}]
 
         def settled() -> bool:
             self.workload.wait_for_notes(4)
-            previous, last[0] = last[0], traces_of(self.here, self.pid)
+            previous, last[0] = last[0], looks_of(self.here, self.pid)
             return previous == last[0]
 
         wait_until(settled, "the sleeper to settle")
@@ -123,7 +124,7 @@ class Arena:
         else:
             argv = [sys.executable, "-m", "agent.cli.send", *arguments]
         sender = self.here.popen(argv)
-        sent = finish(sender, argv)
+        sent = self.sent = finish(sender, argv)
         if sent.status not in (COMPLETED, UNDECIDED) and receiver.process.alive:
             # Killed before it connected, or before it said anything: the receiver waits for another one.
             began = any(event.get("phase") == "prepare" for event in sent.events)
@@ -188,7 +189,13 @@ class Arena:
             self.close()
             self.here, self.there = self.there, self.here
         self.workload.host = self.here
+        before = self.workload.last()
         self.workload.assert_healthy(self.here, count=4)
+        wait_until(
+            lambda: all(now > then for then, now in zip(progress(before), progress(self.workload.last()))),
+            f"every thread to get on: {before} -> {self.workload.last()}",
+            timeout_s=5,
+        )
         wait_until(
             lambda: self.differences() == [],
             f"the same process again; different: {self.differences()}",
@@ -205,12 +212,10 @@ class Arena:
         assert not temporary, f"left: {temporary}"
 
     def differences(self) -> list[str]:
-        """What is not as it was: the program (maps of a restored one need not merge alike), fds, signals."""
-        now = traces_of(self.here, self.pid)
+        """What is not as it was."""
+        now = looks_of(self.here, self.pid)
         return [
-            f"{name}: {self.traces[name]} -> {now[name]}"
-            for name in ("status", "fds", "exe")
-            if now[name] != self.traces[name]
+            f"{name}: {self.looks[name]} -> {now[name]}" for name in now if now[name] != self.looks[name]
         ]
 
     # -- looking ---------------------------------------------------------------------------------------
@@ -232,6 +237,60 @@ class Arena:
         ]
         assert len(found) <= 1, found
         return found[0] if found else ""
+
+
+def progress(note: dict[str, Any]) -> list[int]:
+    """Counters of a note that grow for as long as their threads live."""
+    return [note["turns"], note["ticks"], *note["sleeps"]]
+
+
+def looks_of(host: Host, pid: int) -> dict[str, object]:
+    """Everything about a process that an agent, dead or alive, must leave as it was, on whichever host it is."""
+    place = host.proc(pid)
+    wanted = ("Name", "TracerPid", "SigPnd", "ShdPnd", "SigBlk", "SigIgn", "SigCgt", "Threads", "Seccomp")
+    threads = {}
+    for task in (place / "task").iterdir():
+        lines = (task / "status").read_text().splitlines()
+        inner = next(line.split()[-1] for line in lines if line.startswith("NSpid"))
+        threads[inner] = [line for line in lines if line.split(":")[0] in wanted]
+    return {
+        "threads": threads,
+        "fds": descriptors_of(place),
+        "maps": mappings_of(place),
+        "exe": os.readlink(place / "exe"),
+    }
+
+
+def descriptors_of(place: Path) -> dict[int, tuple[str, str]]:
+    """Number -> what is open there, and its flags; pipes and sockets are numbered as they first occur."""
+    numbers: dict[str, int] = {}
+    found = {}
+    for fd in sorted(int(name) for name in os.listdir(place / "fd")):
+        what = os.readlink(place / "fd" / str(fd))
+        kind, _, inode = what.partition(":[")
+        if inode:
+            what = f"{kind} {numbers.setdefault(what, len(numbers))}"
+        info = (place / "fdinfo" / str(fd)).read_text().splitlines()
+        found[fd] = (what, next(line for line in info if line.startswith("flags")))
+    return found
+
+
+def mappings_of(place: Path) -> list[str]:
+    """Lines of maps; the kernel need not merge neighbours of a restored process that it had merged before, or else."""
+    merged: list[list[Any]] = []
+    for line in (place / "maps").read_text().splitlines():
+        span, perms, offset_text, device, inode, *path = line.split(maxsplit=5)
+        start, end = (int(part, 16) for part in span.split("-"))
+        offset = int(offset_text, 16)
+        rest = (perms, device, inode, path)
+        if merged:
+            last = merged[-1]
+            follows = inode == "0" or last[2] + (start - last[0]) == offset
+            if last[1] == start and last[3] == rest and follows:
+                last[1] = end
+                continue
+        merged.append([start, end, offset, rest])
+    return [f"{start:x}-{end:x} {offset:x} {rest}" for start, end, offset, rest in merged]
 
 
 def give_it_time(process: InsideProcess, seconds: float) -> None:

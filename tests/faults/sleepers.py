@@ -80,14 +80,17 @@ def sleeps() -> dict[str, tuple[Callable[[], int], int]]:
     }
 
 
-def repeat(status: Status, name: str, call: Callable[[], int], expected: int) -> None:
-    """Sleep for ever, checking each result and that no sleep was short."""
+def repeat(
+    status: Status, name: str, call: Callable[[], int], expected: int, counts: list[int], index: int
+) -> None:
+    """Sleep for ever, checking each result and that no sleep was short, and count."""
     while True:
         began = time.monotonic()
         result = call()
         slept = time.monotonic() - began
         status.check(result == expected, f"{name} gave {libc.name_of(result)} after {slept:.4f} s")
         status.check(slept > SLEEP_S - 0.002, f"{name} took only {slept:.4f} s")
+        counts[index] += 1
 
 
 def hand_over(status: Status, reader: int, writer: int, turns: list[int]) -> None:
@@ -109,9 +112,11 @@ def main() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, every)
     there, back = os.pipe(), os.pipe()
     turns = [0]
+    plans = sleeps()
+    counts = [0] * len(plans)
     threads = [
-        threading.Thread(target=repeat, args=(status, name, *plan), daemon=True)
-        for name, plan in sleeps().items()
+        threading.Thread(target=repeat, args=(status, name, *plan, counts, index), daemon=True)
+        for index, (name, plan) in enumerate(plans.items())
     ]
     threads += [
         threading.Thread(target=hand_over, args=(status, there[0], back[1], turns), daemon=True),
@@ -136,7 +141,7 @@ def main() -> None:
         libc.syscall(libc.NR_rt_sigqueueinfo, os.getpid(), signal.SIGRTMIN, siginfo)
     os.write(there[1], (1).to_bytes(8, "little"))
     while True:
-        status.note(turns=turns[0], ticks=ticks[0])
+        status.note(turns=turns[0], ticks=ticks[0], sleeps=counts)
         time.sleep(0.05)
 
 

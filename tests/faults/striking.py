@@ -4,6 +4,7 @@ Usage: python -m tests.faults.striking send|recv POINT DELAY_US VICTIM ARGUMENTS
 
 POINT is MODULE:QUALNAME:before or :after; the first call of that function sends VICTIM a signal DELAY_US later, from
 a kernel timer for the agent itself (VICTIM "self"), or at once for another process (VICTIM "PID" or "PID/SIGNAL").
+With VICTIM "error/ERRNO" nobody gets a signal: that call fails so, before or after it has done its work.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ def strike(victim: str, delay_us: int) -> None:
         kill_self_in(delay_us)
         return
     pid, _, signum = victim.partition("/")
+    if pid == "error":
+        raise OSError(int(signum), os.strerror(int(signum)))
     os.kill(int(pid) or os.getpid(), int(signum or signal.SIGKILL))
 
 

@@ -5,12 +5,14 @@ FERRY_KILL_ROUNDS: how many instants each test tries (default: a few). FERRY_KIL
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 
 import pytest
 
 from tests.faults.arena import Arena, Strike
+from tests.migrate.crossing import FAILED, UNDECIDED
 
 ROUNDS = int(os.environ.get("FERRY_KILL_ROUNDS", "3"))
 SEED = int(os.environ.get("FERRY_KILL_SEED", "1"))
@@ -56,6 +58,31 @@ def test_receiver_killed_around_the_commit(arena: Arena, point: str) -> None:
     assert arena.move(Strike("recv", point)) == RECEIVER_POINTS[point]
 
 
+# The destination fails between COMMIT and its own decision, and lives to tell.
+COPY = "the copy"
+RECEIVER_FAILURES = {
+    "copy killed": (REBUILD + "hold:before", COPY),
+    "copy not held": (REBUILD + "hold:before", f"error/{errno.EPERM}"),
+    "copy held, error": (REBUILD + "hold:after", f"error/{errno.EIO}"),
+    "not recorded": (STORE + "commit:before", f"error/{errno.ENOSPC}"),
+}
+
+
+@pytest.mark.parametrize("failure", RECEIVER_FAILURES)
+def test_receiver_that_fails_within_the_commit_says_so(arena: Arena, failure: str) -> None:
+    point, victim = RECEIVER_FAILURES[failure]
+    strike = Strike("recv", point, victim=str(arena.pid) if victim == COPY else victim)
+    assert arena.move(strike) == "here"
+    assert arena.sent is not None and arena.sent.status == FAILED, str(arena.sent)
+    assert "gave up in commit" in arena.sent.outcome["message"]
+
+
+def test_receiver_in_doubt_about_its_own_record_keeps_silent(arena: Arena) -> None:
+    strike = Strike("recv", STORE + "commit:after", victim=f"error/{errno.EIO}")
+    assert arena.move(strike) == "committed by resolve"
+    assert arena.sent is not None and arena.sent.status == UNDECIDED, str(arena.sent)
+
+
 @pytest.mark.parametrize("agent", ["send", "recv"])
 @pytest.mark.timeout(120 + 20 * ROUNDS)
 def test_agent_killed_at_random_instants(arena: Arena, agent: str) -> None:
@@ -86,6 +113,7 @@ WINDOWS = {
     "send": (
         ((SOURCE + "run:before", total), 1000),
         ((SOURCE + "run:before", total), 1000),
+        ((SOURCE + "_handshake:before", lambda arena: 0.1 * total(arena)), 1000),
         ((TRACER + "stop:before", lambda arena: 0.2 * total(arena)), 1000),
         ((TRACER + "stop_all:before", downtime), 1000),
         ((SOURCE + "_send_final:before", downtime), 1000),

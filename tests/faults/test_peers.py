@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -27,6 +26,7 @@ from tests.migrate.crossing import (
     Receiver,
     Run,
     state_directory,
+    wait_for_event,
 )
 
 SOURCE = "agent.source:_Migration."
@@ -75,7 +75,7 @@ def nothing_left(*hosts: Host, but: int = 0) -> None:
 
 def no_records(directory: Path) -> None:
     """Nothing is undecided, nothing half-written; decisions and restart hints may stay."""
-    kept = (".decision.json", ".restart.json")
+    kept = (".committed.json", ".aborted.json", ".restart.json")
     found = [path.name for path in directory.glob("state-*/*") if not path.name.endswith(kept)]
     found += [path.name for path in directory.glob("state-*/.*")]
     assert not found, found
@@ -257,16 +257,7 @@ def test_link_that_is_cut(arena: Arena) -> None:
     argv = [*AGENT_SEND, "--json", f"--state-dir={state}", "--io-timeout=3"]
     argv += ["--bandwidth-limit=1M", "--compress=none", str(arena.pid), receiver.address]
     sender = arena.here.popen(argv)
-    table = Path(f"/proc/{arena.there.init_pid}/net/tcp")
-    established = f"{7007:04X}"
-    wait_until(
-        lambda: any(
-            line.split()[1].endswith(":" + established) and line.split()[3] == "01"
-            for line in table.read_text().splitlines()[1:]
-        ),
-        "the connection",
-    )
-    time.sleep(1.0)  # into the first round, which takes seconds at this rate
+    wait_for_event(sender, phase="rounds")  # the first one takes seconds at this rate
     interface = next(
         line.split("@")[0]
         for line in arena.here.run(["ip", "-brief", "link"]).stdout.decode().splitlines()

@@ -10,13 +10,15 @@ import itertools
 import json
 import os
 import re
+import select
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Union
 
-from tests.hosts import REPOSITORY, Host, InsideProcess, wait_until
+from tests.hosts import REPOSITORY, WAIT_S, Host, InsideProcess, wait_until
 
 AGENT_SEND = [sys.executable, "-m", "agent.cli.send"]
 AGENT_RECV = [sys.executable, "-m", "agent.cli.recv"]
@@ -169,6 +171,24 @@ def start_agent_send(
     return host.popen(argv), argv
 
 
+def wait_for_event(process: InsideProcess, **fields: str) -> None:
+    """Reads what an agent with --json writes up to the first event that has all `fields`; the rest is left unread."""
+    stream = process.popen.stdout
+    assert stream is not None
+    line, seen = b"", b""
+    deadline = time.monotonic() + WAIT_S
+    while True:
+        remaining = max(0.0, deadline - time.monotonic())
+        assert select.select([stream], [], [], remaining)[0], f"no event with {fields} after {seen!r}"
+        byte = os.read(stream.fileno(), 1)
+        assert byte, f"it ended without an event with {fields}: {seen!r}"
+        line += byte
+        if byte == b"\n":
+            if fields.items() <= json.loads(line).items():
+                return
+            seen, line = seen + line, b""
+
+
 class Receiver:
     """A listening agent-recv on a host; ends with the host."""
 
@@ -279,4 +299,5 @@ __all__ = [
     "start_workload",
     "state_directory",
     "traces_of",
+    "wait_for_event",
 ]

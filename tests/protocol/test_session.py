@@ -122,7 +122,7 @@ def test_every_message_in_every_state_and_direction(state: SessionState, role: R
             ours = isinstance(sample, Abort) or outgoing == (belongs_to(sample) is role)
             allowed = ours and state.name in legal[name]
             if isinstance(sample, Abort):
-                late = state is SessionState.COMMITTED and role is SOURCE and not outgoing
+                late = state is SessionState.COMMITTED and outgoing == (role is DESTINATION)
                 started = state not in TERMINAL and state is not SessionState.COMMITTED
                 allowed = started or late or state is SessionState.FAILED
             if outgoing and not allowed:
@@ -194,9 +194,30 @@ def test_nothing_received_after_commit_but_an_abort_frees_the_source(message: Me
         assert session.state is SessionState.UNDECIDED
 
 
-def test_destination_cannot_abort_once_it_has_the_commit() -> None:
+def test_after_commit_the_destination_may_abort_and_the_source_may_not() -> None:
+    destination = session_in(SessionState.COMMITTED, DESTINATION)
+    source = session_in(SessionState.COMMITTED, SOURCE)
+    with pytest.raises(LocalProtocolError, match="goes the other way"):
+        source.send(ABORT)
+    source.receive(decode_message(destination.send(ABORT)))
+    assert source.state is destination.state is SessionState.FAILED
     with pytest.raises(LocalProtocolError):
-        session_in(SessionState.COMMITTED, DESTINATION).send(ABORT)
+        destination.send(RESUMED)
+    with pytest.raises(RemoteProtocolError):
+        source.receive(RESUMED)
+
+
+def test_abort_of_the_source_after_its_commit_is_refused() -> None:
+    destination = session_in(SessionState.COMMITTED, DESTINATION)
+    with pytest.raises(RemoteProtocolError, match="goes the other way"):
+        destination.receive(ABORT)
+    assert destination.state is SessionState.UNDECIDED
+
+
+@pytest.mark.parametrize("role", Role)
+def test_nothing_is_aborted_once_resumed(role: Role) -> None:
+    with pytest.raises(LocalProtocolError):
+        session_in(SessionState.COMPLETED, role).send(ABORT)
 
 
 def test_abort_that_crosses_commit_leaves_exactly_one_side_with_the_process() -> None:

@@ -18,7 +18,7 @@ from agent.procfs.process import read_fd_link
 from agent.procfs.smaps import read_vm_flags
 from agent.procfs.status import read_status
 from agent.spaces import FIRST_OBJECT_SPACE
-from agent.state.check_task import ROOT_DIRECTORY, check_task
+from agent.state.check_task import check_task
 from agent.state.context import DumpContext
 from agent.state.files import check_files
 from agent.state.mm import check_exe
@@ -127,8 +127,6 @@ def find_obstacles(target: Target) -> list[Obstacle]:
     """
     try:
         found = check_task(target.ctx)
-        if any(obstacle.what == ROOT_DIRECTORY for obstacle in found):
-            return found  # every path would seem to lead elsewhere
         found += [
             *check_exe(target.pid),
             *target.layout.check(target.maps(), target.vm_flags()),

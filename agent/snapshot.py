@@ -13,7 +13,14 @@ from collections.abc import Iterable
 from agent.check import Target
 from agent.link import Link
 from agent.procfs.limits import read_limits
-from agent.procfs.process import list_fds, list_tids, read_comm, read_timens_offsets
+from agent.procfs.process import (
+    list_fds,
+    list_tids,
+    read_comm,
+    read_cwd,
+    read_root,
+    read_timens_offsets,
+)
 from agent.procfs.status import read_task_status
 from agent.state.creds import creds_of
 from agent.state.files import dump_files
@@ -49,6 +56,8 @@ def _plan(target: Target) -> PlanState:
         pid=target.ns_pid,
         tids=tuple(thread.ns_pid[-1] for thread in threads),
         affinities=tuple(map(bound_cpus, threads)),
+        cwd=read_cwd(pid),
+        root=read_root(pid),
         # What of it /proc does not show makes no difference to whether it can be had.
         creds=creds_of(threads[0], 0),
         name=read_comm(pid, pid).decode("utf-8", "replace"),

@@ -277,11 +277,9 @@ def decode_items(state: FilesState) -> dict[str, list[Item[Any]]]:
     return items
 
 
-def preflight_files(
-    state: FilesState, options: RestoreOptions, *, root: str = ""
-) -> list[Obstacle]:
+def preflight_files(state: FilesState, options: RestoreOptions) -> list[Obstacle]:
     """Check on the destination that everything can be opened there. Changes nothing."""
-    job = PreflightJob(options, root)
+    job = PreflightJob(options)
     items = decode_items(state)
     for name, kind in FILE_KINDS.items():
         if kind.preflight is not None and name in items:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from agent.errors import RestoreError
 from agent.kernel.mman import PROT_EXEC, PROT_READ, PROT_WRITE
 from agent.procfs.maps import MapsEntry
+from agent.state.paths import reach
 from agent.tracker.layout import is_shared_object
 from agent.types import Obstacle, Pid
 from protocol.state.vma import BackingFile, LayoutState, VmaKind, VmaState
@@ -149,7 +150,7 @@ class LayoutDumper:
             mapped = os.stat(f"/proc/{self.pid}/map_files/{entry.start:x}-{entry.end:x}")
             if not stat.S_ISREG(mapped.st_mode):
                 return "maps something that is not a regular file"
-            named = os.stat(f"/proc/{self.pid}/root{entry.path}")
+            named = os.stat(reach(self.pid) + entry.path)
         except FileNotFoundError:
             return "the mapped file no longer exists under its path"
         except OSError as err:
@@ -210,12 +211,12 @@ def _hint(reason: str) -> str:
     return ""
 
 
-def preflight_layout(layout: LayoutState, *, root: str = "") -> list[Obstacle]:
+def preflight_layout(layout: LayoutState) -> list[Obstacle]:
     """Check on the destination that every mapped file is there, as the source has it."""
     obstacles = []
     for backing in layout.files:
         try:
-            info = os.stat(root + backing.path)
+            info = os.stat(backing.path)
         except OSError as err:
             detail = f"cannot be opened on the destination: {os.strerror(err.errno or 0)}"
         else:

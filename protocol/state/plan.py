@@ -20,7 +20,7 @@ class PlanState:
     """The process to come: its ids, its highest descriptor, its clocks.
 
     ``affinities`` has the CPU mask (little-endian) of each thread of ``tids``, empty for one that may use every CPU of
-    the source.
+    the source. ``cwd`` and ``root`` are as the agent's root directory shows them.
     """
 
     pid: int
@@ -33,6 +33,8 @@ class PlanState:
     limits: LimitsState
     creds: CredState
     affinities: tuple[bytes, ...]
+    cwd: str = "/"
+    root: str = "/"
 
     def __post_init__(self) -> None:
         if self.pid <= 0 or self.pid not in self.tids:

@@ -285,6 +285,11 @@ def test_locks_are_carried_on_request(tmp_path: Path) -> None:
     with live_child(tmp_path, code, Options(file_locks=True)) as child:
         assert child.check() == []
         state = child.dump()
+        refused = [str(obstacle) for obstacle in preflight_files(state, Options())]
+        assert [name in text for name, text in zip(("flock", "posix", "ofd"), refused)] == [True] * 3
+        with pytest.raises(RestoreError, match="lock is held by another process"), restored(state):
+            pass
+    assert preflight_files(state, Options()) == []
     (lock,) = file_of(state, 51).locks
     assert (lock.start, lock.length, lock.exclusive) == (5, 10, True)
     with restored(state) as again:

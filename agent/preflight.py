@@ -14,6 +14,7 @@ from agent.options import RecvOptions
 from agent.state.creds import check_creds_restore, own_capabilities
 from agent.state.files import preflight_files
 from agent.state.limits import check_limits_restore
+from agent.state.mempolicy import check_nodes
 from agent.state.mm import open_exe
 from agent.state.paths import check_directories
 from agent.state.sched import check_affinity
@@ -49,6 +50,7 @@ def find_restore_obstacles(
     found += check_directories(plan.cwd, plan.root, capabilities=own_capabilities())
     for tid, affinity in zip(plan.tids, plan.affinities, strict=True):
         found += check_affinity(tid, affinity)
+    found += check_nodes(plan.policy_nodes)
     found += preflight_files(only(sections, "files", FilesState), options)
     found += preflight_layout(only(sections, "layout", LayoutState))
     try:

@@ -24,6 +24,7 @@ from agent.procfs.process import (
 from agent.procfs.status import read_task_status
 from agent.state.creds import creds_of
 from agent.state.files import dump_files
+from agent.state.mempolicy import plan_policies
 from agent.state.mm import dump_mm, plan_brk
 from agent.state.sched import bound_cpus
 from agent.state.task import TaskDump
@@ -33,6 +34,7 @@ from protocol.state import encode_section
 from protocol.state.guards import GuardsState
 from protocol.state.limits import NR_LIMITS, RLIM_INFINITY, LimitsState, ResourceLimit
 from protocol.state.plan import PlanState
+from protocol.state.sched import MAX_NODES_BYTES
 
 
 def send_plan(link: Link, target: Target) -> None:
@@ -51,6 +53,7 @@ def _plan(target: Target) -> PlanState:
     limits = read_limits(pid)
     unlimited = (RLIM_INFINITY, RLIM_INFINITY)
     shift = _clock_shift(pid)
+    nodes = target.policy_nodes
     threads = [read_task_status(pid, tid) for tid in list_tids(pid)]
     return PlanState(
         pid=target.ns_pid,
@@ -58,6 +61,7 @@ def _plan(target: Target) -> PlanState:
         affinities=tuple(map(bound_cpus, threads)),
         cwd=read_cwd(pid),
         root=read_root(pid),
+        policy_nodes=None if nodes is None else nodes.to_bytes(MAX_NODES_BYTES, "little").rstrip(b"\0"),
         # What of it /proc does not show makes no difference to whether it can be had.
         creds=creds_of(threads[0], 0),
         name=read_comm(pid, pid).decode("utf-8", "replace"),
@@ -85,17 +89,20 @@ def send_task(link: Link, target: Target, tracer: Tracer, threads: list[TracedTh
     """Dump and send threads and process; every thread is stopped under this thread's ptrace.
 
     Runs calls in the threads, which changes memory here and there (rseq areas, remainders of sleeps): the last
-    look at memory must come later. Returns the program break.
+    look at memory must come later. Returns the program break; notes the memory policies of mappings in the target.
 
     :raises MigrationError: something cannot be dumped; nothing was changed.
     """
     dump = TaskDump(target.ctx, tracer)
     batches = {thread.tid: Batch() for thread in threads}
-    brk = plan_brk(batches[target.pid])
+    leader = batches[target.pid]
+    brk = plan_brk(leader)
+    policies = plan_policies(leader, target.pid) if target.policy_nodes is not None else dict
     dump.plan(batches)
     with Injector(tracer) as injector:
         injector.run_parallel(batches)
         task = dump.state()
+    target.policies = policies()
     link.send_all(encode_section(*section) for section in task.sections())
     return brk.value
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from agent.errors import RestoreError
 from agent.kernel.mman import PROT_EXEC, PROT_READ, PROT_WRITE
 from agent.procfs.maps import MapsEntry
+from agent.state.mempolicy import NO_POLICY, Policy
 from agent.state.paths import reach
 from agent.tracker.layout import is_shared_object
 from agent.types import Obstacle, Pid
@@ -47,6 +48,9 @@ UFFD_FLAGS = frozenset({"um", "uw", "ui"})
 """VmFlags of a range that is registered with a userfaultfd."""
 
 NO_FLAGS: frozenset[str] = frozenset()
+NO_POLICIES: Mapping[int, Policy] = {}
+
+_Key = tuple[MapsEntry, frozenset[str], Policy]
 
 
 @dataclass(slots=True)
@@ -61,7 +65,7 @@ class LayoutDumper:
     shared_id: Callable[[MapsEntry], int]
     _files: dict[str, int] = field(default_factory=dict)
     _backing: list[BackingFile] = field(default_factory=list)
-    _known: dict[tuple[MapsEntry, frozenset[str]], VmaState] = field(default_factory=dict)
+    _known: dict[_Key, VmaState] = field(default_factory=dict)
 
     def check(
         self,
@@ -93,23 +97,27 @@ class LayoutDumper:
         return obstacles
 
     def dump(
-        self, entries: Sequence[MapsEntry], vm_flags: Mapping[int, frozenset[str]]
+        self,
+        entries: Sequence[MapsEntry],
+        vm_flags: Mapping[int, frozenset[str]],
+        policies: Mapping[int, Policy] = NO_POLICIES,
     ) -> LayoutState:
-        """Describe a layout; ``vm_flags`` maps a mapping's start to its VmFlags.
+        """Describe a layout; ``vm_flags`` maps a mapping's start to its VmFlags, ``policies`` to its memory policy.
 
         :raises OSError: when a mapped file cannot be examined.
         """
         known = self._known
-        fresh: dict[tuple[MapsEntry, frozenset[str]], VmaState] = {}
+        fresh: dict[_Key, VmaState] = {}
         for entry in entries:
             if entry.path in UNMAPPED_NAMES:
                 continue
-            key = (entry, vm_flags.get(entry.start, NO_FLAGS))
+            start = entry.start
+            key = (entry, vm_flags.get(start, NO_FLAGS), policies.get(start, NO_POLICY))
             fresh[key] = known.get(key) or self._describe(*key)
         self._known = fresh
         return LayoutState(files=tuple(self._backing), vmas=tuple(fresh.values()))
 
-    def _describe(self, entry: MapsEntry, flags: frozenset[str]) -> VmaState:
+    def _describe(self, entry: MapsEntry, flags: frozenset[str], policy: Policy) -> VmaState:
         kind = _kind(entry)
         name = ""
         if kind is VmaKind.SPECIAL:
@@ -127,6 +135,8 @@ class LayoutDumper:
             object_id=self.shared_id(entry) if kind is VmaKind.OBJECT else 0,
             name=name,
             flags=tuple(sorted(flags & CARRIED_FLAGS)),
+            policy=policy.mode,
+            policy_nodes=policy.nodes,
         )
 
     def _file_index(self, entry: MapsEntry) -> int:

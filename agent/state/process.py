@@ -81,8 +81,6 @@ _PERSONALITY_QUERY: Final = 0xFFFFFFFF
 _MEMBARRIER_CMD_GET_REGISTRATIONS: Final = 1 << 9
 _CLOCKS: Final = (CLOCK_MONOTONIC, CLOCK_BOOTTIME, CLOCK_REALTIME)
 _UMASK: Final = re.compile(rb"\nUmask:\t([0-7]+)\n")
-_SIG_IGN: Final = re.compile(rb"\nSigIgn:\t(\w+)\n")
-_SIG_CGT: Final = re.compile(rb"\nSigCgt:\t(\w+)\n")
 _TIMESPEC: Final = struct.Struct("=qq")
 _SUBREAPER_AT: Final = _TIMESPEC.size * len(_CLOCKS)
 _XCOMP_AT: Final = _SUBREAPER_AT + 8
@@ -158,11 +156,6 @@ def _field(status: bytes, pattern: re.Pattern[bytes]) -> bytes:
     if match is None:
         raise DumpError(f"Cannot dump a task whose status does not show {pattern.pattern!r}")
     return match[1]
-
-
-def handled_signals(status: bytes) -> int:
-    """Return the mask of the signals that are caught or ignored, from the text of a status file."""
-    return int(_field(status, _SIG_IGN), 16) | int(_field(status, _SIG_CGT), 16)
 
 
 def _timens_offsets(pid: int) -> dict[str, int]:

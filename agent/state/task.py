@@ -42,7 +42,6 @@ from agent.state.limits import (
 )
 from agent.state.process import (
     dumpable_call,
-    handled_signals,
     personality_call,
     plan_process,
     restore_process_calls,
@@ -196,7 +195,7 @@ class TaskDump:
         status = read_bytes(f"/proc/{self._pid}/status")
         self._process = plan_process(leader, self._pid, status, stop_signal=self._stop_signal)
         self._limits = dump_limits(self._pid)
-        self._actions = plan_actions(leader, handled_signals(status))
+        self._actions = plan_actions(leader)
 
     def state(self) -> TaskState:
         """Return everything, after the batches have run; the threads must still be stopped."""

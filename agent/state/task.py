@@ -42,7 +42,6 @@ from agent.state.limits import (
 )
 from agent.state.process import (
     dumpable_call,
-    personality_call,
     plan_process,
     restore_process_calls,
     session_calls,
@@ -71,7 +70,7 @@ from agent.state.timers import (
     plan_timers,
     settle_expired,
 )
-from agent.target.batch import Batch
+from agent.target.batch import Batch, Call
 from agent.types import Obstacle, Tid
 from protocol.state.limits import LimitsState
 from protocol.state.process import ProcessState
@@ -248,6 +247,16 @@ def check_task_restore(state: TaskState) -> list[Obstacle]:
     return found
 
 
+def _lost_pdeath_signals(threads: Iterable[ThreadState]) -> list[str]:
+    tids = [str(thread.tid) for thread in threads if thread.pdeath_signal]
+    if not tids:
+        return []
+    return [
+        f"Thread{'s' if len(tids) > 1 else ''} {', '.join(tids)} lost the parent death signal: the parent stays"
+        " behind (agent-recv --wait is a parent to the process and keeps it)"
+    ]
+
+
 class TaskRestore:
     """The restore of one task into the new process ``host_pid``, step by step as process.py says.
 
@@ -266,6 +275,9 @@ class TaskRestore:
         self._status: Status = read_status(host_pid)
         self._now = creds_of(self._status, own_securebits())
         self._verify: Callable[[], None] | None = None
+        self._merge: Call | None = None
+        self.notes = [] if keep_pdeath_signal else _lost_pdeath_signals(state.threads)
+        """What the process did not get back, for the user."""
 
     def early_calls(self, batch: Batch) -> None:
         """Step 1, in the leader: session, raised soft limits, huge pages."""
@@ -277,7 +289,7 @@ class TaskRestore:
         """Step 4, in the leader, once memory and files are in place."""
         actions = self.state.signals.actions
         restore_actions_calls(batch, actions, inherited=self._status.sig_ign)
-        restore_process_calls(batch, self.state.process)
+        self._merge = restore_process_calls(batch, self.state.process)
 
     def clone_calls(self, batch: Batch) -> None:
         """Step 2, in the leader: every other thread; each is traced and stops before it runs
@@ -300,16 +312,9 @@ class TaskRestore:
             self._verify = create_timers_calls(batch, self.state.timers.posix_timers, pid)
             restore_shared_pending_calls(batch, pid, self.state.signals.pending)
             restore_limits_calls(batch, self.state.limits)
-        personality_call(batch, self.state.process)
         restore_thread_calls(
             batch, thread, pid, self._now, keep_pdeath_signal=self._keep_pdeath_signal
         )
-        if thread.pdeath_signal and not self._keep_pdeath_signal:
-            _LOG.warning(
-                "Thread %d loses its parent death signal %d: its parent stays behind",
-                tid,
-                thread.pdeath_signal,
-            )
         if leads:
             dumpable_call(batch, self.state.process)
             arm_timers_calls(batch, self.state.timers, elapsed_ns=elapsed_ns)
@@ -324,7 +329,11 @@ class TaskRestore:
 
     def write_files(self) -> None:
         """Step 6, by the agent."""
-        write_process_files(self.state.process, self.host_pid)
+        self.notes += write_process_files(self.state.process, self.host_pid)
+        if self._merge is not None and self._merge.result < 0:
+            self.notes.append("Equal pages are not merged (PR_SET_MEMORY_MERGE): CAP_SYS_RESOURCE is missing")
+        for note in self.notes:
+            _LOG.warning("%s", note)
 
     def host_tids(self) -> dict[int, Tid]:
         """Return the host tid of every thread by its own id, after clone_calls() have run.

@@ -111,6 +111,7 @@ def picture_of_thread() -> dict[str, object]:
     seen["gs base"] = buffer_after("arch_prctl", 8, 0x1004)
     seen["cpuid"] = raw("arch_prctl", 0x1011, 0)
     seen["rounding"] = _libm.fegetround()
+    seen["personality"] = raw("personality", 0xFFFFFFFF)
     seen["name"] = buffer_after("prctl", 16, 16, after=(0, 0, 0))
     return seen
 
@@ -136,7 +137,6 @@ def picture_of_process() -> dict[str, object]:
     """Everything that all threads share."""
     seen: dict[str, object] = {"pid": os.getpid(), "argv": sys.argv, "umask": umask()}
     seen["cwd"] = os.getcwd()
-    seen["personality"] = raw("personality", 0xFFFFFFFF)
     for number in range(1, 65):
         seen[f"action {number}"] = buffer_after("rt_sigaction", 32, number, None, after=(8,))
     for which in range(16):
@@ -190,8 +190,6 @@ def unusual_process(unusual: Unusual) -> None:
     # A default action with flags and a mask: what sigaction() leaves behind when a program has a wrapper.
     action = struct.pack("=QQQQ", 0, 0x10000000, 0, 0xF0)
     unusual.call("rt_sigaction", signal.SIGUSR1, ctypes.create_string_buffer(action), None, 8)
-    # ADDR_NO_RANDOMIZE | UNAME26 would change what uname says; ADDR_NO_RANDOMIZE | STICKY_TIMEOUTS
-    unusual.call("personality", 0x0040000 | 0x4000000)
     for name, soft, hard in (
         ("RLIMIT_NOFILE", 700, 900), ("RLIMIT_CORE", 4096, 8192), ("RLIMIT_STACK", 4 << 20, 64 << 20),
         ("RLIMIT_NICE", 3, 5), ("RLIMIT_RTPRIO", 2, 7), ("RLIMIT_MSGQUEUE", 1000, 2000),
@@ -259,6 +257,8 @@ def _write(path: str, text: str) -> None:
 def unusual_thread(unusual: Unusual, number: int) -> None:
     """Things of one thread, apart from credentials; ``number`` makes them differ."""
     unusual.call("prctl", 15, f"exact {number} (x) \\n".encode() + b"\0", 0, 0, 0, what="name")
+    # UNAME26 would change what uname says. ADDR_NO_RANDOMIZE | STICKY_TIMEOUTS; MMAP_PAGE_ZERO
+    unusual.call("personality", (0x0040000 | 0x4000000, 0x0100000, 0)[number % 3])
     mask = ctypes.c_uint64((1 << (signal.SIGUSR1 - 1)) | (1 << (40 + number)) | 1 << 63)
     unusual.call("rt_sigprocmask", 2, ctypes.byref(mask), None, 8)
     stack = ctypes.create_string_buffer(65536)

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import os
 import select
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 
 from agent.errors import SetupError, TargetGone
 from agent.options import SendOptions
 from agent.procfs.maps import MapsEntry, parse_maps, read_maps
+from agent.procfs.numa import read_policy_nodes
 from agent.procfs.process import read_fd_link
 from agent.procfs.smaps import read_vm_flags
 from agent.procfs.status import read_status
 from agent.spaces import FIRST_OBJECT_SPACE
-from agent.state.check_task import ROOT_DIRECTORY, check_task
+from agent.state.check_task import check_task
 from agent.state.context import DumpContext
 from agent.state.files import check_files
+from agent.state.mempolicy import Policy
 from agent.state.mm import check_exe
 from agent.state.vma import LayoutDumper
 from agent.tracker.base import SharedKey
@@ -42,6 +45,10 @@ class Target:
     objects: dict[SharedKey, int] = field(default_factory=dict)
     open_objects: dict[SharedKey, int] = field(default_factory=dict)
     """Shared memory objects seen in the descriptor table, with one of their numbers."""
+    policy_nodes: int | None = None
+    """The NUMA nodes that memory policies of the target name (a bit mask); None while it was not seen to have any."""
+    policies: Mapping[int, Policy] = field(default_factory=dict)
+    """Those of its mappings by start, known once it is frozen."""
     ctx: DumpContext = field(init=False)
     layout: LayoutDumper = field(init=False)
 
@@ -73,6 +80,10 @@ class Target:
     def vm_flags(self) -> dict[int, frozenset[str]]:
         """VmFlags of every mapping by its start. Walks the page tables: not for the freeze."""
         return {entry.start: entry.flags for entry in read_vm_flags(self.pid)}
+
+    def learn_policies(self) -> None:
+        """Look for memory policies. Walks the page tables: not for the freeze."""
+        self.policy_nodes = read_policy_nodes(self.pid)
 
     def maps(self) -> list[MapsEntry]:
         """The mappings as they are now."""
@@ -126,9 +137,8 @@ def find_obstacles(target: Target) -> list[Obstacle]:
     :raises TargetGone: the target exited meanwhile.
     """
     try:
+        target.learn_policies()
         found = check_task(target.ctx)
-        if any(obstacle.what == ROOT_DIRECTORY for obstacle in found):
-            return found  # every path would seem to lead elsewhere
         found += [
             *check_exe(target.pid),
             *target.layout.check(target.maps(), target.vm_flags()),

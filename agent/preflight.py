@@ -11,10 +11,12 @@ from typing import TypeVar
 
 from agent.errors import RestoreError, TransferError
 from agent.options import RecvOptions
-from agent.state.creds import check_creds_restore
+from agent.state.creds import check_creds_restore, own_capabilities
 from agent.state.files import preflight_files
 from agent.state.limits import check_limits_restore
+from agent.state.mempolicy import check_nodes
 from agent.state.mm import open_exe
+from agent.state.paths import check_directories
 from agent.state.sched import check_affinity
 from agent.state.vma import preflight_layout
 from agent.types import Obstacle
@@ -45,8 +47,10 @@ def find_restore_obstacles(
     found = [] if options.new_pidns else _taken_ids(plan)
     found += check_limits_restore(plan.limits)
     found += check_creds_restore(plan.pid, plan.creds)
+    found += check_directories(plan.cwd, plan.root, capabilities=own_capabilities())
     for tid, affinity in zip(plan.tids, plan.affinities, strict=True):
         found += check_affinity(tid, affinity)
+    found += check_nodes(plan.policy_nodes)
     found += preflight_files(only(sections, "files", FilesState), options)
     found += preflight_layout(only(sections, "layout", LayoutState))
     try:

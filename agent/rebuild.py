@@ -393,6 +393,7 @@ class Rebuild:
             self.injector.run(last)
             restore.verify()
             restore.write_files()
+            self.notes += restore.notes
 
     def _elapsed_ns(self, restore: TaskRestore) -> int:
         """How long the process has been frozen, on its own clock."""

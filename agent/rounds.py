@@ -18,6 +18,7 @@ from agent.procfs.maps import MapsEntry, parse_maps, read_maps
 from agent.ranges import RangeSet
 from agent.report import RoundReport
 from agent.spaces import PROCESS_SPACE
+from agent.state.mempolicy import Policy, has_several_nodes
 from agent.state.shmem import content_to_send, dump_shared, mapped_size
 from agent.tracker.base import DirtySet, SharedKey, Tracker
 from agent.tracker.layout import is_shared_object, shared_key
@@ -47,17 +48,26 @@ class RoundSender:
         self._maps_text = b""
         self._flags: Mapping[int, frozenset[str]] = {}
         self._flags_text = b""
+        self._sent_flags: Mapping[int, frozenset[str]] = self._flags
+        self._sent_policies: Mapping[int, Policy] = {}
         self._flagged: set[tuple[int, str, str]] = set()
 
     def learn_flags(self) -> None:
-        """Read the VmFlags of all mappings. Walks page tables, tens of ms per GiB: while the target runs."""
+        """Read the VmFlags of all mappings, and whether there are memory policies, while the target runs.
+
+        Each walks the page tables, 13 ms per GiB in small pages. What madvise(2) or mlock(2) has done to a whole
+        mapping since the last look shows nowhere else.
+        """
         text = read_maps(self._target.pid)
-        if text != self._flags_text:
-            self._read_flags(parse_maps(text))
-            self._flags_text = text
+        self._read_flags(parse_maps(text))
+        self._flags_text = text
+        if self._target.policy_nodes is not None or has_several_nodes():
+            self._target.learn_policies()
 
     def _read_flags(self, entries: Sequence[MapsEntry]) -> None:
-        self._flags = self._target.vm_flags()
+        flags = self._target.vm_flags()
+        if flags != self._flags:
+            self._flags = flags
         self._flagged = {(entry.start, entry.perms, entry.path) for entry in entries}
 
     def _need_flags(self, dirty: DirtySet) -> None:
@@ -127,18 +137,20 @@ class RoundSender:
         )
 
     def _send_layout(self, dirty: DirtySet) -> None:
-        if dirty.maps_text == self._maps_text:
-            return
         self._need_flags(dirty)
-        obstacles = self._target.layout.check(dirty.maps, self._flags, watched=True)
+        flags, policies = self._flags, self._target.policies
+        as_sent = flags is self._sent_flags and policies == self._sent_policies
+        if as_sent and dirty.maps_text == self._maps_text:
+            return
+        obstacles = self._target.layout.check(dirty.maps, flags, watched=True)
         if obstacles:
             raise RefusedError(
                 f"Process {self._target.pid} got a mapping that cannot be moved: {obstacles[0]}",
                 obstacles,
             )
-        layout = self._target.layout.dump(dirty.maps, self._flags)
+        layout = self._target.layout.dump(dirty.maps, flags, policies)
         self._link.send(encode_section("layout", self._target.ns_pid, layout))
-        self._maps_text = dirty.maps_text
+        self._maps_text, self._sent_flags, self._sent_policies = dirty.maps_text, flags, policies
 
     def _send_objects(self, dirty: DirtySet) -> None:
         """Describe the shared objects that the destination does not know, or knows otherwise."""

@@ -13,10 +13,18 @@ from collections.abc import Iterable, Iterator
 from agent.check import Target
 from agent.link import Link
 from agent.procfs.limits import read_limits
-from agent.procfs.process import list_fds, list_tids, read_comm, read_timens_offsets
+from agent.procfs.process import (
+    list_fds,
+    list_tids,
+    read_comm,
+    read_cwd,
+    read_root,
+    read_timens_offsets,
+)
 from agent.procfs.status import Status, read_task_status
 from agent.state.creds import creds_of
 from agent.state.files import dump_files
+from agent.state.mempolicy import plan_policies
 from agent.state.mm import dump_mm, plan_brk
 from agent.state.sched import bound_cpus
 from agent.state.task import TaskDump
@@ -27,6 +35,7 @@ from protocol.state.guards import GuardsState
 from protocol.state.limits import NR_LIMITS, RLIM_INFINITY, LimitsState, ResourceLimit
 from protocol.state.plan import PlanState
 from protocol.state.predump import PreDumpState
+from protocol.state.sched import MAX_NODES_BYTES
 
 
 def send_plan(link: Link, target: Target) -> None:
@@ -46,10 +55,14 @@ def _plan(target: Target) -> PlanState:
     unlimited = (RLIM_INFINITY, RLIM_INFINITY)
     shift = _clock_shift(pid)
     threads = list(_running_threads(pid))
+    nodes = target.policy_nodes
     return PlanState(
         pid=target.ns_pid,
         tids=tuple(thread.ns_pid[-1] for thread in threads),
         affinities=tuple(map(bound_cpus, threads)),
+        cwd=read_cwd(pid),
+        root=read_root(pid),
+        policy_nodes=None if nodes is None else nodes.to_bytes(MAX_NODES_BYTES, "little").rstrip(b"\0"),
         # What of it /proc does not show makes no difference to whether it can be had.
         creds=creds_of(threads[0], 0),
         name=read_comm(pid, pid).decode("utf-8", "replace"),
@@ -98,17 +111,20 @@ def send_task(link: Link, target: Target, tracer: Tracer, threads: list[TracedTh
     """Dump and send threads and process; every thread is stopped under this thread's ptrace.
 
     Runs calls in the threads, which changes memory here and there (rseq areas, remainders of sleeps): the last
-    look at memory must come later. Returns the program break.
+    look at memory must come later. Returns the program break; notes the memory policies of mappings in the target.
 
     :raises MigrationError: something cannot be dumped; nothing was changed.
     """
     dump = TaskDump(target.ctx, tracer)
     batches = {thread.tid: Batch() for thread in threads}
-    brk = plan_brk(batches[target.pid])
+    leader = batches[target.pid]
+    brk = plan_brk(leader)
+    policies = plan_policies(leader, target.pid) if target.policy_nodes is not None else dict
     dump.plan(batches)
     with Injector(tracer) as injector:
         injector.run_parallel(batches)
         task = dump.state()
+    target.policies = policies()
     link.send_all(encode_section(*section) for section in task.sections())
     return brk.value
 

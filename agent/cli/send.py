@@ -201,7 +201,8 @@ def _add_resource_options(parser: common.Parser) -> None:
     group.add_argument(
         "--file-locks",
         action="store_true",
-        help="carry flock(2) and fcntl(2) locks, instead of refusing",
+        help="carry flock(2) and fcntl(2) locks, instead of refusing; exclusive ones cannot pass within "
+        "a file system that both hosts share",
     )
     group.add_argument(
         "--external",

@@ -30,8 +30,8 @@ def dump_chardev(job: DumpJob, desc: Description) -> CharDevice | None:
     assert desc.info is not None
     device = (os.major(desc.info.st_rdev), os.minor(desc.info.st_rdev))
     if device in PORTABLE_DEVICES:
-        path = desc.link if desc.link.startswith("/dev/") else PORTABLE_DEVICES[device]
-        return CharDevice(major=device[0], minor=device[1], path=path.removesuffix(" (deleted)"))
+        path = desc.link.removesuffix(" (deleted)")
+        return CharDevice(major=device[0], minor=device[1], path=path)
     if device[0] in TTY_MAJORS:
         job.refuse(
             desc, "terminal", f"{desc.link} is a terminal",
@@ -49,21 +49,21 @@ def dump_chardev(job: DumpJob, desc: Description) -> CharDevice | None:
 def preflight_chardev(job: PreflightJob, items: Sequence[Item[CharDevice]]) -> None:
     """Check that the devices exist."""
     for item in items:
-        if not _find(job.root, item.body):
+        if not _find(item.body):
             job.refuse(
                 item, "device", f"{item.body.path} does not exist or is another device",
                 "provide the usual /dev on the destination",
             )  # fmt: skip
 
 
-def _find(root: str, body: CharDevice) -> str:
+def _find(body: CharDevice) -> str:
     for path in (body.path, PORTABLE_DEVICES[body.major, body.minor]):
         try:
-            info = os.stat(root + path)
+            info = os.stat(path)
         except OSError:
             continue
         if stat.S_ISCHR(info.st_mode) and info.st_rdev == os.makedev(body.major, body.minor):
-            return root + path
+            return path
     return ""
 
 
@@ -73,7 +73,7 @@ def restore_chardev(job: RestoreJob, items: Sequence[Item[CharDevice]]) -> None:
     :raises RestoreError: when one does not exist.
     """
     for item in items:
-        path = _find(job.ctx.root, item.body)
+        path = _find(item.body)
         if not path:
             raise RestoreError(f"Cannot restore {item}: no device {item.body.path}")
         job.put(item, os.open(path, item.file.flags & REOPEN_FLAGS | os.O_NOCTTY | os.O_CLOEXEC))

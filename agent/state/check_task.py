@@ -14,25 +14,22 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
 from agent.kernel.kcmp import KCMP_FILES, KCMP_FS, KCMP_SIGHAND, KCMP_SYSVSEM, KCMP_VM, kcmp
-from agent.procfs.files import read_bytes
+from agent.procfs.files import read_bytes, read_link
 from agent.procfs.process import (
     list_children,
     list_tids,
-    read_cwd,
     read_ns,
-    read_root,
 )
 from agent.procfs.stat import read_stat
 from agent.procfs.status import Status, read_status, read_task_status
 from agent.procfs.timers import read_timers
+from agent.state.paths import leads_to
 from agent.state.timers import check_timers
 from agent.types import Obstacle
 
 if TYPE_CHECKING:
     from agent.state.context import DumpContext
 
-ROOT_DIRECTORY: Final = "root directory"
-"""What an obstacle is about that makes every path of the process mean something else."""
 _PF_KTHREAD: Final = 0x00200000
 _ELFCLASS64: Final = 2
 _NAMESPACES: Final = {
@@ -239,23 +236,16 @@ def _terminal(pid: int, status: Status) -> Iterator[Obstacle]:
 
 
 def _directories(pid: int, status: Status) -> Iterator[Obstacle]:
-    for what, read in (("working directory", read_cwd), (ROOT_DIRECTORY, read_root)):
-        path = read(pid)
-        if what == ROOT_DIRECTORY and path not in ("/", read_root(os.getpid())):
-            # Where its paths lead would have to be told for every file, mapping and socket.
-            yield Obstacle(
-                kind="directory",
-                what=what,
-                detail=f"the process has changed its root to {path} (chroot)",
-                hint="start the program without chroot",
-            )
-            continue
+    for what, link in (("working directory", "cwd"), ("root directory", "root")):
+        path = read_link(f"/proc/{pid}/{link}")
         if path.endswith(" (deleted)"):
             detail = f"{path.removesuffix(' (deleted)')} was deleted"
         elif not path.startswith("/"):
             detail = f"{path} cannot be reached from the agent's root"
         elif any("\ud800" <= letter <= "\udfff" for letter in path):
             detail = f"{path!r} is not valid UTF-8"
+        elif not leads_to(path, pid, link):
+            detail = f"{path} leads to another directory by now"
         else:
             continue
         yield Obstacle(

@@ -94,8 +94,7 @@ class RestoreContext:
 
     ``agent_pidfd`` is the skeleton's own descriptor of the agent: through it the skeleton takes
     what the agent has opened. ``reserved_fds`` are the skeleton's numbers that must survive; all
-    are above every target fd. ``root`` is how the agent reaches the root directory of the process,
-    '' when it is the agent's own.
+    are above every target fd.
     """
 
     pid: Pid
@@ -104,4 +103,3 @@ class RestoreContext:
     agent_pidfd: int
     reserved_fds: frozenset[int] = frozenset()
     shared_fd: Callable[[int], int] = _no_shared_fd
-    root: str = ""

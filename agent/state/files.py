@@ -47,7 +47,7 @@ from agent.state.registry import FILE_KINDS, kind_of
 from agent.target.batch import Batch
 from agent.types import Obstacle
 from protocol import codec
-from protocol.state.files import FILE_BODIES, FdEntry, FileLock, FileOwner, FilesState, OpenFile
+from protocol.state.files import FILE_BODIES, FdEntry, FileOwner, FilesState, OpenFile
 
 FD_CLOEXEC = 1
 OWNED_KINDS = frozenset({"pipe", "unix", "inet"})
@@ -277,15 +277,14 @@ def decode_items(state: FilesState) -> dict[str, list[Item[Any]]]:
     return items
 
 
-def preflight_files(
-    state: FilesState, options: RestoreOptions, *, root: str = ""
-) -> list[Obstacle]:
+def preflight_files(state: FilesState, options: RestoreOptions) -> list[Obstacle]:
     """Check on the destination that everything can be opened there. Changes nothing."""
-    job = PreflightJob(options, root)
+    job = PreflightJob(options)
     items = decode_items(state)
     for name, kind in FILE_KINDS.items():
         if kind.preflight is not None and name in items:
             kind.preflight(job, items[name])
+    filelock.preflight_locks(job, items.get("regular", ()))
     return job.obstacles
 
 
@@ -298,7 +297,6 @@ class FileRestorer:
     def __init__(self, ctx: RestoreContext) -> None:
         self._job = RestoreJob(ctx)
         self._items: dict[str, list[Item[Any]]] = {}
-        self._contested: list[tuple[str, int, FileLock]] = []
 
     def open_all(self, state: FilesState) -> None:
         """Make every description in the agent, with its contents; nothing is in the skeleton yet.
@@ -320,8 +318,7 @@ class FileRestorer:
                         f"{' or others' if len(items) > 1 else ''}: {name}: {err}"
                     ) from err
         for item in job.items.values():
-            for lock in filelock.restore_locks(item, job.fds[item.id]):
-                self._contested.append((str(item), os.dup(job.fds[item.id]), lock))
+            filelock.restore_locks(item, job.fds[item.id])
 
     def install(self, state: FilesState) -> None:
         """Put everything into the skeleton's table under the exact numbers; other numbers are closed.
@@ -393,26 +390,6 @@ class FileRestorer:
     def _close_copies(self) -> None:
         while self._job.fds:
             os.close(self._job.fds.popitem()[1])
-
-    def take_contested_locks(self) -> list[str]:
-        """Take the locks that somebody held during open_all(): mostly the source, on a file system of both hosts.
-
-        To be called once the source's copy is dead. Returns the files that are still locked by
-        others; may be called again.
-        """
-        left = []
-        for name, fd, lock in self._contested:
-            if filelock.try_lock(fd, lock):
-                os.close(fd)
-            else:
-                left.append((name, fd, lock))
-        self._contested = left
-        return [name for name, _, _ in left]
-
-    def forget_contested_locks(self) -> None:
-        """Give up on them; also needed after a failed restore."""
-        while self._contested:
-            os.close(self._contested.pop()[1])
 
     def agent_fd(self, file_id: int) -> int:
         """Return the agent's copy of a description, until start() or close()."""

@@ -44,6 +44,7 @@ from agent.kernel.prctl import PR_SET_VMA, PR_SET_VMA_ANON_NAME
 from agent.pages.keep import KeptPages
 from agent.procfs.maps import MapsEntry, parse_maps, read_maps
 from agent.ranges import RangeSet
+from agent.state.mempolicy import policy_call
 from agent.state.vma import ADVICE_BY_FLAG, MAP_FLAGS, plain
 from agent.target.inject import Batch, Call
 from agent.types import PAGE_SIZE, Pid
@@ -237,7 +238,7 @@ class LayoutMirror:
         return False
 
     def finish(self, batch: Batch, guards: Iterable[tuple[int, int]]) -> None:
-        """Add advice, names, guard pages, locks and seals: all that must follow the last page."""
+        """Add advice, names, guard pages, locks, memory policies and seals: all that must follow the last page."""
         for vma in plain(self._built.vmas):
             length = vma.end - vma.start
             for flag in vma.flags:
@@ -257,6 +258,7 @@ class LayoutMirror:
             if "lo" in vma.flags:
                 how = MLOCK_ONFAULT if "lf" in vma.flags else 0
                 batch.call(nr.NR_mlock2, vma.start, length, how, name="mlock2")
+            policy_call(batch, vma)
             if "sl" in vma.flags:
                 batch.call(nr.NR_mseal, vma.start, length, 0, name="mseal")
 

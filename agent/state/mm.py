@@ -15,6 +15,7 @@ from agent.kernel import syscalls as nr
 from agent.kernel.prctl import PR_SET_MM, PR_SET_MM_MAP, prctl_mm_map
 from agent.procfs.process import read_auxv, read_exe
 from agent.procfs.stat import read_stat
+from agent.state.paths import leads_to
 from agent.target.inject import Batch, Call
 from agent.types import Obstacle, Pid
 from protocol.state.mm import MmState
@@ -24,13 +25,10 @@ def check_exe(pid: Pid) -> list[Obstacle]:
     """Name what keeps the executable from being found again by its path."""
     path = read_exe(pid)
     try:
-        running = os.stat(f"/proc/{pid}/exe")
-        named = os.stat(f"/proc/{pid}/root{path}")
-        same = (running.st_dev, running.st_ino) == (named.st_dev, named.st_ino)
-    except OSError:
-        same = False
-    if same:
-        return []
+        if leads_to(path, pid, "exe"):
+            return []
+    except FileNotFoundError:
+        pass  # no executable at all
     return [
         Obstacle(
             kind="executable",
@@ -66,13 +64,13 @@ def dump_mm(pid: Pid, *, brk: int) -> MmState:
     )
 
 
-def open_exe(state: MmState, *, root: str = "") -> int:
+def open_exe(state: MmState) -> int:
     """Open the executable on the destination; the caller owns the descriptor.
 
     :raises RestoreError: it is not there, or cannot be executed.
     """
     try:
-        fd = os.open(root + state.exe, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(state.exe, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as err:
         raise RestoreError(f"Cannot open executable {state.exe}: {err.strerror}") from err
     mode = os.fstat(fd).st_mode

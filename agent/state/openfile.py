@@ -241,7 +241,6 @@ class PreflightJob:
     """Checks on the destination, before anything is promised."""
 
     options: RestoreOptions
-    root: str
     obstacles: list[Obstacle] = field(default_factory=list)
 
     def refuse(self, item: Item[Any], kind: str, detail: str, hint: str = "") -> None:

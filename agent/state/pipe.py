@@ -113,7 +113,7 @@ def preflight_pipe(job: PreflightJob, items: Sequence[Item[PipeEnd]]) -> None:
     for item in items:
         if item.body.path:
             try:
-                mode = os.stat(job.root + item.body.path).st_mode
+                mode = os.stat(item.body.path).st_mode
             except OSError:
                 mode = 0
             if not stat.S_ISFIFO(mode):
@@ -150,7 +150,7 @@ def restore_pipe(job: RestoreJob, items: Sequence[Item[PipeEnd]]) -> None:
 def _restore_one(job: RestoreJob, ends: Sequence[Item[PipeEnd]]) -> None:
     body = ends[0].body
     if body.path:
-        read_fd, write_fd = _open_fifo(job.ctx.root + body.path, ends[0])
+        read_fd, write_fd = _open_fifo(body.path, ends[0])
     else:
         read_fd, write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     try:
@@ -166,7 +166,7 @@ def _restore_one(job: RestoreJob, ends: Sequence[Item[PipeEnd]]) -> None:
                 # Without O_NONBLOCK an open of a FIFO may wait for the other end; flags follow.
                 flags = item.file.flags & REOPEN_FLAGS & ~O_DIRECT | os.O_NONBLOCK | os.O_CLOEXEC
                 source = read_fd if mode == os.O_RDONLY else write_fd
-                name = job.ctx.root + body.path if body.path else f"/proc/self/fd/{source}"
+                name = body.path or f"/proc/self/fd/{source}"
                 fd = os.open(name, flags)
             else:
                 read_fd, write_fd = _keep(fd, read_fd, write_fd)

@@ -19,7 +19,7 @@ The order on the destination (TaskRestore in task.py offers one method per step)
  6. the agent writes what only /proc offers: oom_score_adj, coredump_filter
  7. ptrace: extended registers, signal mask, general registers
 
-Ids are the process's own. Sources: prctl(2), personality(2), setsid(2), proc(5).
+Ids are the process's own. Sources: prctl(2), setsid(2), proc(5).
 """
 
 from __future__ import annotations
@@ -55,7 +55,6 @@ from agent.kernel.syscalls import (
     NR_getpid,
     NR_getsid,
     NR_membarrier,
-    NR_personality,
     NR_prctl,
     NR_setpgid,
     NR_setsid,
@@ -73,16 +72,13 @@ from agent.procfs.stat import read_stat
 from protocol.state.process import ProcessState
 
 if TYPE_CHECKING:
-    from agent.target.inject import Batch
+    from agent.target.inject import Batch, Call
 
 _LOG = logging.getLogger(__name__)
-_PERSONALITY_QUERY: Final = 0xFFFFFFFF
 # include/uapi/linux/membarrier.h; since v6.3. Its answer is a mask of the commands that registered.
 _MEMBARRIER_CMD_GET_REGISTRATIONS: Final = 1 << 9
 _CLOCKS: Final = (CLOCK_MONOTONIC, CLOCK_BOOTTIME, CLOCK_REALTIME)
 _UMASK: Final = re.compile(rb"\nUmask:\t([0-7]+)\n")
-_SIG_IGN: Final = re.compile(rb"\nSigIgn:\t(\w+)\n")
-_SIG_CGT: Final = re.compile(rb"\nSigCgt:\t(\w+)\n")
 _TIMESPEC: Final = struct.Struct("=qq")
 _SUBREAPER_AT: Final = _TIMESPEC.size * len(_CLOCKS)
 _XCOMP_AT: Final = _SUBREAPER_AT + 8
@@ -107,7 +103,6 @@ def plan_process(
     own = batch.call(NR_getpid, name="getpid")
     pgid = batch.call(NR_getpgid, 0, name="getpgid")
     sid = batch.call(NR_getsid, 0, name="getsid")
-    personality = batch.call(NR_personality, _PERSONALITY_QUERY, name="personality")
     dumpable = batch.call(NR_prctl, PR_GET_DUMPABLE, name="prctl(PR_GET_DUMPABLE)")
     thp = batch.call(NR_prctl, PR_GET_THP_DISABLE, name="prctl(PR_GET_THP_DISABLE)")
     subreaper = out.at(_SUBREAPER_AT)
@@ -134,7 +129,6 @@ def plan_process(
             root=root,
             oom_score_adj=oom_score_adj,
             coredump_filter=coredump_filter,
-            personality=personality.value,
             dumpable=dumpable.value,
             thp_disable=thp.value,
             child_subreaper=any(raw[_SUBREAPER_AT : _SUBREAPER_AT + 4]),
@@ -158,11 +152,6 @@ def _field(status: bytes, pattern: re.Pattern[bytes]) -> bytes:
     if match is None:
         raise DumpError(f"Cannot dump a task whose status does not show {pattern.pattern!r}")
     return match[1]
-
-
-def handled_signals(status: bytes) -> int:
-    """Return the mask of the signals that are caught or ignored, from the text of a status file."""
-    return int(_field(status, _SIG_IGN), 16) | int(_field(status, _SIG_CGT), 16)
 
 
 def _timens_offsets(pid: int) -> dict[str, int]:
@@ -205,9 +194,9 @@ def thp_call(batch: Batch, state: ProcessState) -> None:
     batch.call(NR_prctl, PR_SET_THP_DISABLE, disable, flags, name="prctl(PR_SET_THP_DISABLE)")
 
 
-def restore_process_calls(batch: Batch, state: ProcessState) -> None:
+def restore_process_calls(batch: Batch, state: ProcessState) -> Call | None:
     """Add the calls of step 4 of the module's order, but the signal dispositions, to the leader's
-    batch.
+    batch. Returns the one that may fail, if it is made: that for memory_merge.
     """
     batch.call(NR_umask, state.umask, name="umask")
     cwd = batch.data(os.fsencode(state.cwd) + b"\0")
@@ -225,16 +214,13 @@ def restore_process_calls(batch: Batch, state: ProcessState) -> None:
         # Without its registration membarrier(2) fails, which no program that made it expects.
         if state.membarrier >> bit & 1:
             batch.call(NR_membarrier, 1 << bit, 0, 0, name="membarrier(register)")
+    merge = None
     if state.memory_merge:
         # Merely a hint to merge equal pages; it needs CAP_SYS_RESOURCE.
-        batch.call(NR_prctl, PR_SET_MEMORY_MERGE, 1, name="prctl(MEMORY_MERGE)", check=False)
+        merge = batch.call(NR_prctl, PR_SET_MEMORY_MERGE, 1, name="prctl(MEMORY_MERGE)", check=False)
     if state.memory_deny_write_exec:
         batch.call(NR_prctl, PR_SET_MDWE, state.memory_deny_write_exec, name="prctl(PR_SET_MDWE)")
-
-
-def personality_call(batch: Batch, state: ProcessState) -> None:
-    """Add the call that sets the personality, which every thread has for itself."""
-    batch.call(NR_personality, state.personality, name="personality")
+    return merge
 
 
 def dumpable_call(batch: Batch, state: ProcessState) -> None:
@@ -245,8 +231,9 @@ def dumpable_call(batch: Batch, state: ProcessState) -> None:
     batch.call(NR_prctl, PR_SET_DUMPABLE, int(state.dumpable == 1), name="prctl(PR_SET_DUMPABLE)")
 
 
-def write_process_files(state: ProcessState, host_pid: int) -> None:
-    """Write oom_score_adj and coredump_filter, which only /proc can set; a refusal is a warning."""
+def write_process_files(state: ProcessState, host_pid: int) -> list[str]:
+    """Write oom_score_adj and coredump_filter, which only /proc can set; returns what was refused."""
+    refused = []
     for name, value, now in (
         ("oom_score_adj", str(state.oom_score_adj), read_oom_score_adj(host_pid)),
         ("coredump_filter", hex(state.coredump_filter), read_coredump_filter(host_pid)),
@@ -257,7 +244,8 @@ def write_process_files(state: ProcessState, host_pid: int) -> None:
             with open(f"/proc/{host_pid}/{name}", "w", encoding="ascii") as file:
                 file.write(value)
         except OSError as err:
-            _LOG.warning("Cannot set %s of task %d to %s: %s", name, host_pid, value, err.strerror)
+            refused.append(f"Cannot set {name} to {value}: {err.strerror}")
+    return refused
 
 
 def elapsed_since_freeze_ns(state: ProcessState) -> int:

@@ -4,18 +4,19 @@ The contents are the file system's, not ours: the destination must have the same
 path. Whatever is opened with O_PATH, and the files of procfs and sysfs, go the same way. Must never
 create or truncate a file.
 
-A link of /proc/PID/fd shows a path as seen from the agent's root; when the process has another root
-or another mount namespace it is checked, through /proc/PID/root, which path leads to the same inode
-from there.
+Paths are those that /proc shows, from the agent's root (agent.state.paths): it is checked that each
+leads to the inode that is open.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections.abc import Sequence
 
 from agent.errors import RestoreError
+from agent.procfs.process import read_root
 from agent.state.openfile import (
     O_DIRECTORY,
     O_NOFOLLOW,
@@ -28,6 +29,7 @@ from agent.state.openfile import (
     PreflightJob,
     RestoreJob,
 )
+from agent.state.paths import below_root, reach
 from protocol.state.regfile import RegularFile
 
 PSEUDO_ROOTS = ("/proc/", "/sys/", "/dev/pts/")
@@ -35,7 +37,7 @@ DELETED = " (deleted)"
 
 
 def locate(job: DumpJob, desc: Description) -> str | None:
-    """Return the path of ``desc`` from the root of the process; None after recording why there is none."""
+    """Return the path of ``desc``; None after recording why there is none."""
     info = desc.info
     assert info is not None
     if desc.link.endswith(DELETED) and info.st_nlink == 0:
@@ -44,18 +46,13 @@ def locate(job: DumpJob, desc: Description) -> str | None:
             "have the process close it, or carry it with --external fd[N]",
         )  # fmt: skip
         return None
-    pid = job.ctx.pid
-    candidates = [desc.link]
-    root: str = job.memo.setdefault("root", os.readlink(f"/proc/{pid}/root"))
-    if root != "/" and desc.link.startswith(root + "/"):
-        candidates.insert(0, desc.link[len(root) :])
-    for path in candidates:
-        try:
-            found = os.stat(f"/proc/{pid}/root{path}", follow_symlinks=not stat.S_ISLNK(info.st_mode))
-        except OSError:
-            continue
+    if "reach" not in job.memo:
+        job.memo["reach"] = reach(job.ctx.pid)
+    with contextlib.suppress(OSError):
+        path = job.memo["reach"] + desc.link
+        found = os.stat(path, follow_symlinks=not stat.S_ISLNK(info.st_mode))
         if (found.st_dev, found.st_ino) == (info.st_dev, info.st_ino):
-            return path
+            return desc.link
     what = "was deleted or renamed" if desc.link.endswith(DELETED) else "now leads to another file"
     job.refuse(
         desc, "unreachable file", f"{desc.link}: the path {what}",
@@ -68,12 +65,15 @@ def dump_regular(job: DumpJob, desc: Description) -> RegularFile | None:
     """Describe a regular file, a directory or an O_PATH description."""
     info = desc.info
     assert info is not None
+    if "root" not in job.memo:
+        job.memo["root"] = read_root(job.ctx.pid)
+    inside = below_root(desc.link, job.memo["root"])
     own_proc = f"/proc/{job.ctx.pid}"
-    if desc.link == own_proc or desc.link.startswith(own_proc + "/"):
+    if inside == own_proc or inside.startswith(own_proc + "/"):
         # Named by the pid, which may be another one for those who look from another pid namespace.
         return RegularFile(
-            path=desc.link[len(own_proc) :].lstrip("/"), mode=info.st_mode, size=0, mtime_ns=0,
-            pseudo=True, own_proc=True,
+            path=inside[len(own_proc) :].lstrip("/"), mode=info.st_mode, size=0, mtime_ns=0,
+            pseudo=True, own_proc=True, below=desc.link.removesuffix(inside),
         )  # fmt: skip
     path = locate(job, desc)
     if path is None:
@@ -83,7 +83,7 @@ def dump_regular(job: DumpJob, desc: Description) -> RegularFile | None:
         mode=info.st_mode,
         size=info.st_size if stat.S_ISREG(info.st_mode) else 0,
         mtime_ns=info.st_mtime_ns if stat.S_ISREG(info.st_mode) else 0,
-        pseudo=path.startswith(PSEUDO_ROOTS),
+        pseudo=inside.startswith(PSEUDO_ROOTS),
     )
 
 
@@ -91,13 +91,16 @@ def preflight_regular(job: PreflightJob, items: Sequence[Item[RegularFile]]) -> 
     """Check that every file is there and is the same one."""
     written = _written_paths(items)
     for item in items:
-        if not item.body.own_proc:
-            problem = _difference(job.root, item, written)
-            if problem:
-                job.refuse(
-                    item, "file", f"{item.body.path}: {problem}",
-                    "make the same file available under this path on the destination",
-                )  # fmt: skip
+        if item.body.own_proc:
+            problem = "" if os.path.isdir(f"{item.body.below}/proc/self") else "procfs is not mounted"
+            path = f"{item.body.below}/proc"
+        else:
+            problem, path = _difference(item, written), item.body.path
+        if problem:
+            job.refuse(
+                item, "file", f"{path}: {problem}",
+                "make the same file available under this path on the destination",
+            )  # fmt: skip
 
 
 def _written_paths(items: Sequence[Item[RegularFile]]) -> frozenset[str]:
@@ -105,12 +108,12 @@ def _written_paths(items: Sequence[Item[RegularFile]]) -> frozenset[str]:
     return frozenset(item.body.path for item in items if item.file.flags & os.O_ACCMODE != os.O_RDONLY)
 
 
-def _difference(root: str, item: Item[RegularFile], written: frozenset[str]) -> str:
+def _difference(item: Item[RegularFile], written: frozenset[str]) -> str:
     # A file that the process writes may have grown since it was described, but can never have
     # become smaller; a file that it only reads must be the very same.
     body = item.body
     try:
-        found = os.stat(root + body.path, follow_symlinks=not stat.S_ISLNK(body.mode))
+        found = os.stat(body.path, follow_symlinks=not stat.S_ISLNK(body.mode))
     except OSError as err:
         return os.strerror(err.errno or 0)
     if stat.S_IFMT(found.st_mode) != stat.S_IFMT(body.mode):
@@ -138,12 +141,12 @@ def restore_regular(job: RestoreJob, items: Sequence[Item[RegularFile]]) -> None
     for item in items:
         body = item.body
         if body.own_proc:
-            path = f"{job.ctx.root}/proc/{job.ctx.pid}/{body.path}".rstrip("/")
+            path = f"{body.below}/proc/{job.ctx.pid}/{body.path}".rstrip("/")
         else:
-            problem = _difference(job.ctx.root, item, written)
+            problem = _difference(item, written)
             if problem:
                 raise RestoreError(f"Cannot restore {item}: {body.path}: {problem}")
-            path = job.ctx.root + body.path
+            path = body.path
         flags = item.file.flags & REOPEN_FLAGS
         if not flags & O_PATH:
             # O_NOFOLLOW and O_DIRECTORY change what open(2) does, not what the description is.

@@ -38,6 +38,7 @@ from agent.kernel.syscalls import (
     NR_setpriority,
 )
 from agent.procfs.status import Status
+from agent.state.mempolicy import NODES_BITS
 from agent.types import Obstacle
 from protocol.state.sched import MAX_NODES_BYTES, SchedState
 
@@ -51,8 +52,6 @@ _KEPT_FLAGS: Final = SCHED_FLAG_RESET_ON_FORK | SCHED_FLAG_RECLAIM | SCHED_FLAG_
 # struct sched_attr, include/uapi/linux/sched/types.h (SCHED_ATTR_SIZE_VER1).
 _SCHED_ATTR: Final = struct.Struct("=IIQiIQQQII")
 _MASK_ALIGN: Final = 8
-# The kernel leaves out the last bit of as many as it is told.
-_NODES_BITS: Final = MAX_NODES_BYTES * 8 + 1
 
 
 def _parse_cpu_list(text: str) -> set[int]:
@@ -111,7 +110,7 @@ def plan_sched(batch: Batch) -> Callable[[], SchedState]:
     memory = batch.buffer(8 + MAX_NODES_BYTES)
     # Fails without CONFIG_NUMA and leaves zeros: the default policy.
     batch.call(
-        NR_get_mempolicy, memory, memory.at(8), _NODES_BITS, 0, 0, name="get_mempolicy", check=False
+        NR_get_mempolicy, memory, memory.at(8), NODES_BITS, 0, 0, name="get_mempolicy", check=False
     )
 
     def collect() -> SchedState:
@@ -182,11 +181,9 @@ def restore_sched_calls(batch: Batch, state: SchedState) -> None:
         NR_prctl, PR_SET_TIMERSLACK, state.timer_slack_ns, name="prctl(PR_SET_TIMERSLACK)"
     )
     if state.memory_policy:
-        # Where memory comes from is a matter of speed: on a host with other nodes it does without.
-        nodes = batch.data(state.memory_nodes.ljust(MAX_NODES_BYTES, b"\0"))
-        batch.call(
-            NR_set_mempolicy, state.memory_policy, nodes, _NODES_BITS, name="set_mempolicy", check=False
-        )
+        nodes = batch.data(state.memory_nodes.ljust(MAX_NODES_BYTES, b"\0")) if state.memory_nodes else 0
+        bits = NODES_BITS if state.memory_nodes else 0
+        batch.call(NR_set_mempolicy, state.memory_policy, nodes, bits, name="set_mempolicy")
 
 
 def bound_cpus(status: Status) -> bytes:

@@ -42,8 +42,6 @@ from agent.state.limits import (
 )
 from agent.state.process import (
     dumpable_call,
-    handled_signals,
-    personality_call,
     plan_process,
     restore_process_calls,
     session_calls,
@@ -72,7 +70,7 @@ from agent.state.timers import (
     plan_timers,
     settle_expired,
 )
-from agent.target.batch import Batch
+from agent.target.batch import Batch, Call
 from agent.types import Obstacle, Tid
 from protocol.state.limits import LimitsState
 from protocol.state.process import ProcessState
@@ -196,7 +194,7 @@ class TaskDump:
         status = read_bytes(f"/proc/{self._pid}/status")
         self._process = plan_process(leader, self._pid, status, stop_signal=self._stop_signal)
         self._limits = dump_limits(self._pid)
-        self._actions = plan_actions(leader, handled_signals(status))
+        self._actions = plan_actions(leader)
 
     def state(self) -> TaskState:
         """Return everything, after the batches have run; the threads must still be stopped."""
@@ -266,6 +264,16 @@ def host_tids(host_pid: int) -> dict[int, Tid]:
     return {read_task_status(host_pid, tid).ns_pid[-1]: tid for tid in list_tids(host_pid)}
 
 
+def _lost_pdeath_signals(threads: Iterable[ThreadState]) -> list[str]:
+    tids = [str(thread.tid) for thread in threads if thread.pdeath_signal]
+    if not tids:
+        return []
+    return [
+        f"Thread{'s' if len(tids) > 1 else ''} {', '.join(tids)} lost the parent death signal: the parent stays"
+        " behind (agent-recv --wait is a parent to the process and keeps it)"
+    ]
+
+
 class TaskRestore:
     """The restore of one task into the new process ``host_pid``, step by step as process.py says.
 
@@ -284,6 +292,9 @@ class TaskRestore:
         self._status: Status = read_status(host_pid)
         self._now = creds_of(self._status, own_securebits())
         self._verify: Callable[[], None] | None = None
+        self._merge: Call | None = None
+        self.notes = [] if keep_pdeath_signal else _lost_pdeath_signals(state.threads)
+        """What the process did not get back, for the user."""
 
     def early_calls(self, batch: Batch) -> None:
         """Step 1, in the leader: session, raised soft limits, huge pages."""
@@ -295,7 +306,7 @@ class TaskRestore:
         """Step 4, in the leader, once memory and files are in place."""
         actions = self.state.signals.actions
         restore_actions_calls(batch, actions, inherited=self._status.sig_ign)
-        restore_process_calls(batch, self.state.process)
+        self._merge = restore_process_calls(batch, self.state.process)
 
     def thread_calls(self, batch: Batch, tid: int, *, elapsed_ns: int = 0) -> None:
         """Step 5, in the thread that has the id ``tid`` in its process; the leader comes last."""
@@ -306,16 +317,9 @@ class TaskRestore:
             self._verify = create_timers_calls(batch, self.state.timers.posix_timers, pid)
             restore_shared_pending_calls(batch, pid, self.state.signals.pending)
             restore_limits_calls(batch, self.state.limits)
-        personality_call(batch, self.state.process)
         restore_thread_calls(
             batch, thread, pid, self._now, keep_pdeath_signal=self._keep_pdeath_signal
         )
-        if thread.pdeath_signal and not self._keep_pdeath_signal:
-            _LOG.warning(
-                "Thread %d loses its parent death signal %d: its parent stays behind",
-                tid,
-                thread.pdeath_signal,
-            )
         if leads:
             dumpable_call(batch, self.state.process)
             arm_timers_calls(batch, self.state.timers, elapsed_ns=elapsed_ns)
@@ -330,7 +334,11 @@ class TaskRestore:
 
     def write_files(self) -> None:
         """Step 6, by the agent."""
-        write_process_files(self.state.process, self.host_pid)
+        self.notes += write_process_files(self.state.process, self.host_pid)
+        if self._merge is not None and self._merge.result < 0:
+            self.notes.append("Equal pages are not merged (PR_SET_MEMORY_MERGE): CAP_SYS_RESOURCE is missing")
+        for note in self.notes:
+            _LOG.warning("%s", note)
 
     def finish_ptrace(
         self, tracer: Tracer, injector: Injector, host_tids: Mapping[int, int]

@@ -10,7 +10,7 @@ registrations by address, queued signals (all signals are blocked meanwhile), cr
 change of credentials would reset (the parent death signal). Then by ptrace, with the thread
 stopped for good: extended registers, signal mask, general registers last. Addresses are the
 target's; thread ids are the process's own unless called ``host_tid``. Sources: ptrace(2),
-set_robust_list(2), set_tid_address(2), prctl(2).
+set_robust_list(2), set_tid_address(2), prctl(2), personality(2).
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ from agent.kernel.syscalls import (
     NR_arch_prctl,
     NR_get_robust_list,
     NR_gettid,
+    NR_personality,
     NR_prctl,
     NR_rt_sigpending,
     NR_set_robust_list,
@@ -85,6 +86,7 @@ if TYPE_CHECKING:
 _XCR0_OFFSET: Final = 464
 _NAME_BYTES: Final = 16
 _PR_TSC_ENABLE: Final = 1
+_PERSONALITY_QUERY: Final = 0xFFFFFFFF
 # include/uapi/linux/prctl.h: PR_SPEC_STORE_BYPASS and PR_SPEC_INDIRECT_BRANCH; whether a thread has a choice; what it
 # may have chosen: PR_SPEC_DISABLE, PR_SPEC_FORCE_DISABLE, PR_SPEC_DISABLE_NOEXEC.
 _SPECULATIONS: Final = (0, 1)
@@ -139,6 +141,7 @@ def plan_thread(
     batch.call(NR_prctl, PR_GET_PDEATHSIG, out.at(_PDEATH), name="prctl(PR_GET_PDEATHSIG)")
     batch.call(NR_prctl, PR_GET_TSC, out.at(_TSC), name="prctl(PR_GET_TSC)")
     batch.call(NR_prctl, PR_GET_NAME, out.at(_NAME), name="prctl(PR_GET_NAME)")
+    personality = batch.call(NR_personality, _PERSONALITY_QUERY, name="personality")
     mce_kill = batch.call(NR_prctl, PR_MCE_KILL_GET, name="prctl(PR_MCE_KILL_GET)")
     cpuid = batch.call(NR_arch_prctl, ARCH_GET_CPUID, 0, name="arch_prctl", check=False)
     # Asking needs CAP_SYS_RESOURCE; who lacks it cannot have set it either.
@@ -169,6 +172,7 @@ def plan_thread(
                 clear_child_tid=tid_address,
                 rseq=rseq,
                 pdeath_signal=pdeath,
+                personality=personality.value,
                 mce_kill=mce_kill.value,
                 tsc_mode=tsc,
                 cpuid_enabled=cpuid.result != 0,
@@ -215,6 +219,7 @@ def restore_thread_calls(
     block_signals_call(batch)
     name = batch.data(state.name.ljust(_NAME_BYTES, b"\0"))
     batch.call(NR_prctl, PR_SET_NAME, name, name="prctl(PR_SET_NAME)")
+    batch.call(NR_personality, state.personality, name="personality")
     restore_sched_calls(batch, state.sched)
     batch.call(
         NR_prctl, PR_MCE_KILL, PR_MCE_KILL_SET, state.mce_kill, name="prctl(PR_MCE_KILL)"

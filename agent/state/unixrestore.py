@@ -37,7 +37,7 @@ def preflight_unix(job: PreflightJob, items: Sequence[UnixItem]) -> None:
     for item in items:
         name = item.body.name
         if name is not None and name.name[0] and not name.unlinked:
-            problem = _name_problem(job.root, name)
+            problem = _name_problem(name)
             if problem:
                 job.refuse(
                     item, "unix socket", f"{os.fsdecode(name.name)}: {problem}",
@@ -53,7 +53,9 @@ def preflight_unix(job: PreflightJob, items: Sequence[UnixItem]) -> None:
                         item, "unix socket", f"@{shown}: {err.strerror}",
                         "stop what uses the name on the destination",
                     )  # fmt: skip
-        if item.body.peer is UnixPeer.NAMED and not _somebody_listens(job.root, item.body.peer_name):
+        if item.body.peer is UnixPeer.NAMED and not _is_bound(
+            item.body.peer_root, "", item.body.peer_name
+        ):
             job.refuse(
                 item, "unix socket", f"nobody receives at {os.fsdecode(item.body.peer_name)}",
                 "start the service (a log daemon, for instance) on the destination",
@@ -71,8 +73,12 @@ def _is_sources_own(path: str, name: UnixName) -> bool:
     return (found.st_dev, found.st_ino) == name.node and name.boot_id == read_boot_id()
 
 
-def _name_problem(root: str, name: UnixName) -> str:
-    path = root + os.path.join(name.directory, os.fsdecode(name.name))
+def _node_path(name: UnixName) -> str:
+    return name.root + os.path.join(name.directory, os.fsdecode(name.name))
+
+
+def _name_problem(name: UnixName) -> str:
+    path = _node_path(name)
     try:
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
             return "something that is not a socket stands there"
@@ -83,14 +89,11 @@ def _name_problem(root: str, name: UnixName) -> str:
         return "" if os.path.isdir(folder) else f"directory {folder} does not exist"
     except OSError as err:
         return os.strerror(err.errno or 0)
-    return "another process has bound it" if _is_bound(os.fsencode(path)) else ""
+    bound = _is_bound(name.root, name.directory, name.name)
+    return "another process has bound it" if bound else ""
 
 
-def _somebody_listens(root: str, name: bytes) -> bool:
-    return _is_bound(name if name[:1] == b"\0" else os.fsencode(root) + name)
-
-
-def _is_bound(address: bytes) -> bool:
+def _is_bound(root: str, directory: str, address: bytes) -> bool:
     # No connection is made: the owner would see it. A socket of a type that nobody uses for a
     # service gets another error from a bound name than from a stale one.
     for kind in (socket.SOCK_SEQPACKET, socket.SOCK_DGRAM):
@@ -98,7 +101,7 @@ def _is_bound(address: bytes) -> bool:
             sock.setblocking(False)
             if kind == socket.SOCK_SEQPACKET:
                 try:
-                    sock.connect(address)
+                    _in_place(root, directory, lambda: sock.connect(address))
                 except OSError as err:
                     if err.errno == errno.EPROTOTYPE:
                         return True
@@ -126,8 +129,6 @@ class _Builder:
     def __init__(self, job: RestoreJob, items: Sequence[UnixItem], stack: ExitStack) -> None:
         self.job = job
         self.replaced = job.replaced
-        root = job.ctx.root
-        self.root = root
         self.items = {item.id: item for item in items}
         self.socks: dict[int, socket.socket] = {}
         self.stack = stack
@@ -174,12 +175,11 @@ class _Builder:
             if not name.name[0]:
                 sock.bind(name.name)
                 return
-            path = os.path.join(name.directory, os.fsdecode(name.name))
-            problem = _name_problem(self.root, name)
+            path, problem = _node_path(name), _name_problem(name)
             if problem:
                 raise RestoreError(f"Cannot restore {item}: {path}: {problem}")
-            self._clear_path(self.root + path, name)
-            _in_root(self.root, name.directory, lambda: sock.bind(name.name))
+            self._clear_path(path, name)
+            _in_place(name.root, name.directory, lambda: sock.bind(name.name))
         except OSError as err:
             raise RestoreError(
                 f"Cannot restore {item}: unix socket {name.name!r}: {err.strerror}"
@@ -197,7 +197,7 @@ class _Builder:
             os.unlink(path)
 
     def _set_node(self, name: UnixName) -> None:
-        path = self.root + os.path.join(name.directory, os.fsdecode(name.name))
+        path = _node_path(name)
         if name.unlinked:
             os.unlink(path)
             return
@@ -272,7 +272,7 @@ class _Builder:
                 made.listen(1)
             if client is not None and client.body.name is not None:
                 self._bind(connecting, client)
-            self._connect(connecting, name.name, name.directory)
+            _connect(connecting, name)
             accepted, _ = listener.accept()
             return accepted, connecting
         except BaseException:
@@ -281,12 +281,6 @@ class _Builder:
         finally:
             if made is not None:
                 made.close()
-
-    def _connect(self, sock: socket.socket, name: bytes, directory: str = "") -> None:
-        if not name[0]:
-            sock.connect(name)
-        else:
-            _in_root(self.root, directory, lambda: sock.connect(name))
 
     def _connect_datagram(self, item: UnixItem) -> None:
         body = item.body
@@ -300,12 +294,12 @@ class _Builder:
             theirs.close()
             raise RestoreError(f"Cannot restore {item}: its peer is connected elsewhere")
         if body.peer is UnixPeer.NAMED:
-            self._connect(self.socks[item.id], body.peer_name)
+            _connect(self.socks[item.id], UnixName(name=body.peer_name, root=body.peer_root))
         elif body.peer is UnixPeer.FILE and not self._is_pair(item):
             name = self.items[body.peer_id].body.name
             if name is None:
                 raise RestoreError(f"Cannot restore {item}: its peer has no name")
-            self._connect(self.socks[item.id], name.name, name.directory)
+            _connect(self.socks[item.id], name)
         elif body.peer is UnixPeer.GONE:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other_end:
                 other_end.bind("")  # Any free abstract name.
@@ -318,7 +312,13 @@ class _Builder:
             with ExitStack() as stack:
                 sender, address = self._sender(item, message, stack)
                 rights = [self._agent_fd(item, file_id) for file_id in message.file_ids]
-                _send(sender, message.data, address, item, rights)
+                if address is None:
+                    _send(sender, message.data, None, item, rights)
+                    continue
+                data, to = message.data, address.name
+                _in_place(
+                    address.root, address.directory, lambda: _send(sender, data, to, item, rights)
+                )
 
     def _agent_fd(self, item: UnixItem, file_id: int) -> int:
         sock = self.socks.get(file_id)
@@ -329,14 +329,14 @@ class _Builder:
 
     def _sender(
         self, item: UnixItem, message: UnixMessage, stack: ExitStack
-    ) -> tuple[socket.socket, bytes | None]:
+    ) -> tuple[socket.socket, UnixName | None]:
         body = item.body
         if body.type != socket.SOCK_DGRAM:
             found = self.gone.get(item.id) or self.socks.get(body.peer_id)
             if found is None:
                 raise RestoreError(f"Cannot restore {item}: a queue without a peer")
             return found, None
-        target = body.name.name if body.name is not None else None
+        target = body.name
         for other in self.items.values():
             if other.body.type == socket.SOCK_DGRAM and other.body.name is not None:
                 if message.sender and other.body.name.name == message.sender:
@@ -407,8 +407,12 @@ def _send(
                 sock.setsockopt(socket.SOL_SOCKET, SO_BUF_LOCK, locked)
 
 
-def _in_root(root: str, directory: str, action: Callable[[], None]) -> None:
-    """Call ``action`` with another root and working directory, in a thread that has its own."""
+def _connect(sock: socket.socket, name: UnixName) -> None:
+    _in_place(name.root, name.directory, lambda: sock.connect(name.name))
+
+
+def _in_place(root: str, directory: str, action: Callable[[], None]) -> None:
+    """Call ``action`` with another root or working directory, in a thread that has its own."""
     if not root and not directory:
         action()
         return

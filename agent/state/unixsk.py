@@ -4,6 +4,10 @@ Peers come from sock_diag(7); queues are peeked at, never read. A peer in anothe
 obstacle, except for a datagram socket connected to somebody's path (a system log): that is
 connected again by name. Files in flight inside a queue are an obstacle. Restore is in
 agent.state.unixrestore.
+
+A path is what its owner gave to bind(2), and the kernel tells it as it was: from the root directory
+that the owner had, which may have changed since (a daemon binds, then changes its root). Where it
+leads is found by the node.
 """
 
 from __future__ import annotations
@@ -19,8 +23,10 @@ import termios
 
 from agent.errors import DumpError
 from agent.kernel.kcmp import kcmp_file
+from agent.procfs.process import read_cwd, read_root
 from agent.state.inetsk import opened
 from agent.state.openfile import Description, DumpJob, FileKind
+from agent.state.paths import reach
 from agent.state.sockopts import SO_PEEK_OFF, dump_options, has_filter
 from agent.state.unixdiag import UnixInfo, query
 from agent.state.unixrestore import preflight_unix, read_boot_id, restore_unix
@@ -57,12 +63,12 @@ def dump_unix(job: DumpJob, desc: Description) -> UnixSocket | None:
             "try again",
         )  # fmt: skip
         return None
-    peer, peer_id, peer_name = UnixPeer.NONE, 0, b""
+    peer, peer_id, peer_name, peer_root = UnixPeer.NONE, 0, b"", ""
     if not info.listening and info.peer is not None:
         found = _find_peer(job, desc, info, table)
         if found is None:
             return None
-        peer, peer_id, peer_name = found
+        peer, peer_id, peer_name, peer_root = found
     name = _dump_name(job, desc, info) if info.name else None
     if info.name and name is None:
         return None
@@ -86,6 +92,7 @@ def dump_unix(job: DumpJob, desc: Description) -> UnixSocket | None:
             peer=peer,
             peer_id=peer_id,
             peer_name=peer_name,
+            peer_root=peer_root,
             shutdown=info.shutdown & 3,
             queue=tuple(queue),
         )
@@ -97,20 +104,30 @@ def _show(name: bytes) -> str:
 
 def _find_peer(
     job: DumpJob, desc: Description, info: UnixInfo, table: dict[int, UnixInfo]
-) -> tuple[UnixPeer, int, bytes] | None:
+) -> tuple[UnixPeer, int, bytes, str] | None:
     if not info.peer:
         # No inode: the peer was closed (then both directions are shut), or nobody has accepted it
         # yet.
         if info.type != socket.SOCK_DGRAM and info.shutdown != 3:
             job.refuse(desc, "unix socket", "its connection is not accepted yet", "try again")
             return None
-        return UnixPeer.GONE, 0, b""
+        return UnixPeer.GONE, 0, b"", ""
     inside = job.by_link().get(f"socket:[{info.peer}]")
     if inside:
-        return UnixPeer.FILE, inside[0].id, b""
+        return UnixPeer.FILE, inside[0].id, b"", ""
     other = table.get(info.peer)
     if other is not None and other.type == socket.SOCK_DGRAM and other.name:
-        return UnixPeer.NAMED, 0, other.name
+        if other.name[:1] == b"\0":
+            return UnixPeer.NAMED, 0, other.name, ""
+        for place in _roots(job):
+            if _node_at(job, place, other) is not None:
+                return UnixPeer.NAMED, 0, other.name, place
+        # A path of another mount namespace, or of another directory than "/".
+        job.refuse(
+            desc, "unix socket", f"connected to {_show(other.name)}, which leads elsewhere from here",
+            HINT_OUTSIDE,
+        )  # fmt: skip
+        return None
     name = f" ({_show(other.name)})" if other is not None and other.name else ""
     job.refuse(desc, "unix socket", f"connected to another process{name}", HINT_OUTSIDE)
     return None
@@ -120,42 +137,57 @@ def _dump_name(job: DumpJob, desc: Description, info: UnixInfo) -> UnixName | No
     if info.name[:1] == b"\0":
         return UnixName(name=info.name)
     path = os.fsdecode(info.name)
-    pid = job.ctx.pid
-    directory = ""
-    base = f"/proc/{pid}/root"
-    if not path.startswith("/"):
-        # Bound relative to a directory that is not recorded anywhere: the present one may be the
-        # one.
-        directory = os.readlink(f"/proc/{pid}/cwd")
-        base = f"/proc/{pid}/cwd/"
-    try:
-        node = os.lstat(base + path)
-    except OSError:
-        node = None
-    if node is not None and info.node is not None and _is_node(node, info.node):
-        return UnixName(
-            name=info.name,
-            directory=directory,
-            mode=stat.S_IMODE(node.st_mode),
-            uid=node.st_uid,
-            gid=node.st_gid,
-            # An original that goes on must keep its name.
-            boot_id="" if job.ctx.options.leave_running else read_boot_id(),
-            node=(node.st_dev, node.st_ino),
-        )
-    if node is not None or directory:
+    # A relative name starts at a directory that is not recorded anywhere: the present one may be it.
+    directory = "" if path.startswith("/") else read_cwd(job.ctx.pid)
+    places = [""] if directory else _roots(job)
+    for place in places:
+        node = _node_at(job, place + directory, info)
+        if node is not None:
+            return UnixName(
+                name=info.name,
+                root=place,
+                directory=directory,
+                mode=stat.S_IMODE(node.st_mode),
+                uid=node.st_uid,
+                gid=node.st_gid,
+                # An original that goes on must keep its name.
+                boot_id="" if job.ctx.options.leave_running else read_boot_id(),
+                node=(node.st_dev, node.st_ino),
+            )
+    if directory or any(os.path.lexists(_at(job, place, info)) for place in places):
         job.refuse(
             desc, "unix socket", f"its path {path} now leads elsewhere",
             "bind unix sockets by absolute paths",
         )  # fmt: skip
         return None
-    return UnixName(name=info.name, unlinked=True)
+    # Removed: there must be a directory to bind it in once more.
+    homes = [place for place in places if os.path.isdir(os.path.dirname(_at(job, place, info)))]
+    return UnixName(name=info.name, root=(homes or places)[0], unlinked=True)
 
 
-def _is_node(found: os.stat_result, node: tuple[int, int]) -> bool:
+def _roots(job: DumpJob) -> list[str]:
+    # Where an absolute name may start, the likeliest first.
+    roots: list[str] | None = job.memo.get("roots")
+    if roots is None:
+        root = read_root(job.ctx.pid)
+        roots = job.memo["roots"] = [""] if root == "/" else [root, ""]
+    return roots
+
+
+def _at(job: DumpJob, place: str, info: UnixInfo) -> str:
+    return f"{reach(job.ctx.pid)}{place}/{os.fsdecode(info.name)}"
+
+
+def _node_at(job: DumpJob, place: str, info: UnixInfo) -> os.stat_result | None:
+    try:
+        found = os.lstat(_at(job, place, info))
+    except OSError:
+        return None
     # The device is not compared: overlayfs and btrfs show another one to stat(2) than the
     # superblock's.
-    return stat.S_ISSOCK(found.st_mode) and found.st_ino & 0xFFFFFFFF == node[1]
+    if info.node is not None and stat.S_ISSOCK(found.st_mode) and found.st_ino & 0xFFFFFFFF == info.node[1]:
+        return found
+    return None
 
 
 def _is_readable(sock: socket.socket) -> bool:

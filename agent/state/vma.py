@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from agent.errors import RestoreError
 from agent.kernel.mman import PROT_EXEC, PROT_READ, PROT_WRITE
 from agent.procfs.maps import MapsEntry
+from agent.state.mempolicy import NO_POLICY, Policy
+from agent.state.paths import reach
 from agent.tracker.layout import is_shared_object
 from agent.types import Obstacle, Pid
 from protocol.state.vma import BackingFile, LayoutState, VmaKind, VmaState
@@ -46,6 +48,9 @@ UFFD_FLAGS = frozenset({"um", "uw", "ui"})
 """VmFlags of a range that is registered with a userfaultfd."""
 
 NO_FLAGS: frozenset[str] = frozenset()
+NO_POLICIES: Mapping[int, Policy] = {}
+
+_Key = tuple[MapsEntry, frozenset[str], Policy]
 
 
 @dataclass(slots=True)
@@ -60,7 +65,7 @@ class LayoutDumper:
     shared_id: Callable[[MapsEntry], int]
     _files: dict[str, int] = field(default_factory=dict)
     _backing: list[BackingFile] = field(default_factory=list)
-    _known: dict[tuple[MapsEntry, frozenset[str]], VmaState] = field(default_factory=dict)
+    _known: dict[_Key, VmaState] = field(default_factory=dict)
 
     def check(
         self,
@@ -92,23 +97,27 @@ class LayoutDumper:
         return obstacles
 
     def dump(
-        self, entries: Sequence[MapsEntry], vm_flags: Mapping[int, frozenset[str]]
+        self,
+        entries: Sequence[MapsEntry],
+        vm_flags: Mapping[int, frozenset[str]],
+        policies: Mapping[int, Policy] = NO_POLICIES,
     ) -> LayoutState:
-        """Describe a layout; ``vm_flags`` maps a mapping's start to its VmFlags.
+        """Describe a layout; ``vm_flags`` maps a mapping's start to its VmFlags, ``policies`` to its memory policy.
 
         :raises OSError: when a mapped file cannot be examined.
         """
         known = self._known
-        fresh: dict[tuple[MapsEntry, frozenset[str]], VmaState] = {}
+        fresh: dict[_Key, VmaState] = {}
         for entry in entries:
             if entry.path in UNMAPPED_NAMES:
                 continue
-            key = (entry, vm_flags.get(entry.start, NO_FLAGS))
+            start = entry.start
+            key = (entry, vm_flags.get(start, NO_FLAGS), policies.get(start, NO_POLICY))
             fresh[key] = known.get(key) or self._describe(*key)
         self._known = fresh
         return LayoutState(files=tuple(self._backing), vmas=tuple(fresh.values()))
 
-    def _describe(self, entry: MapsEntry, flags: frozenset[str]) -> VmaState:
+    def _describe(self, entry: MapsEntry, flags: frozenset[str], policy: Policy) -> VmaState:
         kind = _kind(entry)
         name = ""
         if kind is VmaKind.SPECIAL:
@@ -126,6 +135,8 @@ class LayoutDumper:
             object_id=self.shared_id(entry) if kind is VmaKind.OBJECT else 0,
             name=name,
             flags=tuple(sorted(flags & CARRIED_FLAGS)),
+            policy=policy.mode,
+            policy_nodes=policy.nodes,
         )
 
     def _file_index(self, entry: MapsEntry) -> int:
@@ -149,7 +160,7 @@ class LayoutDumper:
             mapped = os.stat(f"/proc/{self.pid}/map_files/{entry.start:x}-{entry.end:x}")
             if not stat.S_ISREG(mapped.st_mode):
                 return "maps something that is not a regular file"
-            named = os.stat(f"/proc/{self.pid}/root{entry.path}")
+            named = os.stat(reach(self.pid) + entry.path)
         except FileNotFoundError:
             return "the mapped file no longer exists under its path"
         except OSError as err:
@@ -210,12 +221,12 @@ def _hint(reason: str) -> str:
     return ""
 
 
-def preflight_layout(layout: LayoutState, *, root: str = "") -> list[Obstacle]:
+def preflight_layout(layout: LayoutState) -> list[Obstacle]:
     """Check on the destination that every mapped file is there, as the source has it."""
     obstacles = []
     for backing in layout.files:
         try:
-            info = os.stat(root + backing.path)
+            info = os.stat(backing.path)
         except OSError as err:
             detail = f"cannot be opened on the destination: {os.strerror(err.errno or 0)}"
         else:

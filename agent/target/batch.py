@@ -186,7 +186,9 @@ class Batch:
         words: list[int] = []
         for call in (*self.calls, *self._undo):
             for arg in (call.nr, *call.args):
-                if type(arg) is not int:
+                if type(arg) is BlobAddress:
+                    arg = arg.blob.address + arg.offset
+                elif type(arg) is not int:
                     if isinstance(arg, (Cell, Call)):
                         words.append(self._where(arg, base))
                         continue

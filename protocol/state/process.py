@@ -32,7 +32,6 @@ class ProcessState:
     root: str
     oom_score_adj: int
     coredump_filter: int
-    personality: int
     dumpable: int
     thp_disable: int
     child_subreaper: bool

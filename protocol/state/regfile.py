@@ -1,6 +1,6 @@
 """A regular file, directory, or anything else reopened by path (O_PATH, files of /proc and /sys).
 
-Paths are absolute and start at the root directory of the process, not at the root of the host.
+Paths are absolute and start at the agent's root, whatever root directory the process has.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ class RegularFile:
     """What must stand under ``path`` on the destination.
 
     ``pseudo``: a file of procfs, sysfs or the like, whose size and times mean nothing.
-    ``own_proc``: ``path`` is relative to the process's own directory in /proc.
+    ``own_proc``: ``path`` is relative to the process's own directory in a procfs, the one at /proc below ``below``
+    (the root directory of the process, where it has another one).
     """
 
     path: str
@@ -22,6 +23,7 @@ class RegularFile:
     mtime_ns: int
     pseudo: bool = False
     own_proc: bool = False
+    below: str = ""
 
     def __post_init__(self) -> None:
         if "\0" in self.path:

@@ -59,6 +59,7 @@ class ThreadState:
     clear_child_tid: int
     rseq: RseqState | None
     pdeath_signal: int
+    personality: int
     mce_kill: int
     tsc_mode: int
     cpuid_enabled: bool

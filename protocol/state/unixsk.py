@@ -40,12 +40,14 @@ class UnixMessage:
 class UnixName:
     """A bound name: ``name`` exactly as in sun_path, abstract when it starts with a null byte.
 
-    For a path: ``directory`` is the one a relative name starts at, the rest describes the node;
+    For a path: ``root`` is the root directory that an absolute name was bound under, empty for the
+    host's own, ``directory`` the one a relative name starts at; the rest describes the node;
     ``unlinked`` when the node no longer exists. ``boot_id``, ``node`` (st_dev, st_ino) tell the
     destination that a node it finds is the source's own, on a file system that both see.
     """
 
     name: bytes
+    root: str = ""
     directory: str = ""
     mode: int = 0
     uid: int = 0
@@ -65,7 +67,7 @@ class UnixName:
 class UnixSocket:
     """One socket; ``queue`` is what it has received and not read.
 
-    ``backlog`` is -1 unless it listens.
+    ``backlog`` is -1 unless it listens. ``peer_root`` is for ``peer_name`` what UnixName.root is for a name.
     """
 
     type: int
@@ -75,6 +77,7 @@ class UnixSocket:
     peer: UnixPeer = UnixPeer.NONE
     peer_id: int = 0
     peer_name: bytes = b""
+    peer_root: str = ""
     shutdown: int = 0
     queue: tuple[UnixMessage, ...] = ()
 

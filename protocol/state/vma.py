@@ -10,6 +10,7 @@ import enum
 from dataclasses import dataclass
 
 from protocol.state import register
+from protocol.state.sched import MAX_NODES_BYTES
 
 PAGE_SIZE = 4096
 MAX_ADDRESS = 1 << 47
@@ -40,7 +41,11 @@ class BackingFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VmaState:
-    """One mapping. ``flags`` are the two-letter VmFlags of proc_pid_smaps(5) that Ferry restores."""
+    """One mapping. ``flags`` are the two-letter VmFlags of proc_pid_smaps(5) that Ferry restores.
+
+    ``policy`` is the mode of mbind(2) with its flags, 0 for a mapping without a memory policy; ``policy_nodes`` a
+    little-endian bit mask.
+    """
 
     start: int
     end: int
@@ -52,6 +57,8 @@ class VmaState:
     object_id: int = 0
     name: str = ""
     flags: tuple[str, ...] = ()
+    policy: int = 0
+    policy_nodes: bytes = b""
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.end <= MAX_ADDRESS:
@@ -60,6 +67,8 @@ class VmaState:
             raise ValueError(f"range {self.start:#x}-{self.end:#x} is not page aligned")
         if self.prot & ~0x7:
             raise ValueError(f"protection {self.prot:#x} has unknown bits")
+        if not 0 <= self.policy < 1 << 31 or len(self.policy_nodes) > MAX_NODES_BYTES:
+            raise ValueError(f"memory policy {self.policy:#x} is impossible")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from agent.errors import InjectError
 from agent.kernel import syscalls as nr
 from agent.kernel.pidfd import pidfd_getfd
 from agent.state.context import DumpContext, RestoreContext
@@ -215,5 +216,7 @@ def test_posix_locks_belong_to_the_process(tmp_path: Path) -> None:
     options = Options(file_locks=True)
     with live_child(tmp_path, code, options) as child:
         state = dump_files(child.ctx)
+        with pytest.raises(InjectError, match="take an exclusive posix lock on fd"), moved(state, options):
+            pass
     with moved(state, options) as ctx:
         assert file_of(dump_files(ctx), 50).locks == file_of(state, 50).locks

@@ -5,7 +5,10 @@ from __future__ import annotations
 import fcntl
 import os
 import select
+import shutil
+import socket
 import struct
+import tempfile
 import time
 from pathlib import Path
 
@@ -282,6 +285,11 @@ def test_locks_are_carried_on_request(tmp_path: Path) -> None:
     with live_child(tmp_path, code, Options(file_locks=True)) as child:
         assert child.check() == []
         state = child.dump()
+        refused = [str(obstacle) for obstacle in preflight_files(state, Options())]
+        assert [name in text for name, text in zip(("flock", "posix", "ofd"), refused)] == [True] * 3
+        with pytest.raises(RestoreError, match="lock is held by another process"), restored(state):
+            pass
+    assert preflight_files(state, Options()) == []
     (lock,) = file_of(state, 51).locks
     assert (lock.start, lock.length, lock.exclusive) == (5, 10, True)
     with restored(state) as again:
@@ -310,39 +318,6 @@ def test_a_thousand_descriptors_take_milliseconds(tmp_path: Path) -> None:
     assert seconds < 1.0
 
 
-def test_paths_are_those_of_the_process_in_its_own_mounts_and_root(tmp_path: Path) -> None:
-    code = """
-    libc = ctypes.CDLL(None, use_errno=True)
-    os.mkdir("private"); os.mkdir("jail"); os.mkdir("jail/inner")
-    open("jail/inner/file", "w").close()
-    assert libc.unshare(0x20000) == 0                             # CLONE_NEWNS
-    assert libc.mount(None, b"/", None, (1 << 18) | 16384, None) == 0   # private, recursive
-    assert libc.mount(b"none", b"private", b"tmpfs", 0, None) == 0
-    open("private/hidden", "w").close()
-    os.dup2(os.open("private/hidden", os.O_RDONLY), 50); os.dup2(os.open("jail/inner/file", 0), 51)
-    r = os.open("/proc/self/fdinfo", os.O_RDONLY | os.O_DIRECTORY); os.dup2(r, 52); os.close(r)
-    flag = os.open(".", os.O_RDONLY); os.dup2(flag, 60); os.close(flag)
-    os.chroot("jail")
-    def ready():
-        os.rename(os.path.basename(sys.argv[1]) + ".tmp", os.path.basename(sys.argv[1]), src_dir_fd=60, dst_dir_fd=60)
-        os.close(60)
-        for fd in list(range(3, 50)):
-            try: os.close(fd)
-            except OSError: pass
-        signal.pause()
-    ready()
-    """
-    with live_child(tmp_path, code) as child:
-        while os.path.exists(f"/proc/{child.pid}/fd/60"):
-            time.sleep(0.005)
-        while {"3", "4", "5"} & set(os.listdir(f"/proc/{child.pid}/fd")):
-            time.sleep(0.005)
-        obstacles = child.check()
-    # What lies outside the new root cannot be named from inside; what is inside has its path from there.
-    assert {obstacle.what for obstacle in obstacles} == {"fd 50", "fd 2"}
-    assert all(obstacle.kind == "unreachable file" for obstacle in obstacles)
-
-
 def test_a_file_on_a_mount_that_only_the_process_sees(tmp_path: Path) -> None:
     code = """
     libc = ctypes.CDLL(None, use_errno=True)
@@ -357,3 +332,65 @@ def test_a_file_on_a_mount_that_only_the_process_sees(tmp_path: Path) -> None:
     with live_child(tmp_path, code) as child:
         assert child.check() == []
         assert body_of(child.dump(), 50).path == str(tmp_path / "private" / "hidden")
+
+
+def test_files_of_a_process_that_has_changed_its_root(tmp_path: Path) -> None:
+    if os.geteuid():
+        pytest.skip("chroot needs root")
+    jail = tmp_path / "jail"
+    jail.mkdir()
+    # Short: the name of a unix socket has only 108 bytes, and this one is bound before the change.
+    outside = tempfile.mkdtemp(dir="/tmp")
+    code = f"""
+    flag = sys.argv[1]
+    here = os.open(os.path.dirname(flag), os.O_RDONLY)
+    def ready():
+        os.rename(os.path.basename(flag) + ".tmp", os.path.basename(flag), src_dir_fd=here, dst_dir_fd=here)
+        while True:
+            signal.pause()
+    def keep(thing, number):
+        os.dup2(thing if isinstance(thing, int) else thing.fileno(), number)
+    def mailbox(name, number):
+        s = socket.socket(type=socket.SOCK_DGRAM, family=socket.AF_UNIX); s.bind(name); keep(s, number)
+        s.sendto(b"letter", name)
+    keep(os.open({outside!r} + "/before", os.O_RDWR | os.O_CREAT), 50)
+    mailbox({outside!r} + "/early", 51)
+    os.chroot({str(jail)!r}); os.chdir("/")
+    os.mkdir("run"); os.mknod("null", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+    keep(os.open("/after", os.O_RDWR | os.O_CREAT), 60)
+    mailbox("/run/late", 61); mailbox("relative", 62); mailbox("/run/removed", 63); os.unlink("/run/removed")
+    client = socket.socket(type=socket.SOCK_DGRAM, family=socket.AF_UNIX); client.connect("/run/late")
+    keep(client, 64)
+    os.mkfifo("/fifo"); keep(os.open("/fifo", os.O_RDWR), 65); os.write(65, b"queued")
+    keep(os.open("/null", os.O_RDWR), 66); keep(os.open("/run", os.O_PATH), 67)
+    ready()
+    """
+    with live_child(tmp_path, code.replace("flag = ", "import stat; flag = ")) as child:
+        assert child.check() == []
+        state = child.dump()
+    assert preflight_files(state, Options()) == []
+    assert body_of(state, 50).path == outside + "/before"
+    assert body_of(state, 60).path == str(jail / "after")
+    assert (body_of(state, 51).name.root, body_of(state, 61).name.root) == ("", str(jail))
+    with restored(state) as again:
+        for number, path in (
+            (50, f"{outside}/before"), (60, jail / "after"), (65, jail / "fifo"), (66, jail / "null"),
+            (67, jail / "run"),
+        ):  # fmt: skip
+            assert os.readlink(f"/proc/self/fd/{again.fd(number)}") == str(path)
+        for number, name in ((51, f"{outside}/early"), (61, "/run/late"), (62, "relative"), (63, "/run/removed")):
+            with socket.socket(fileno=os.dup(again.fd(number))) as box:
+                assert (box.getsockname(), box.recv(100)) == (name, b"letter")
+        assert (jail / "run" / "late").is_socket() and (jail / "relative").is_socket()
+        assert not (jail / "run" / "removed").exists()
+        with socket.socket(fileno=os.dup(again.fd(64))) as client:
+            client.send(b"hello")
+        assert os.read(again.fd(61), 100) == b"hello"
+        assert os.read(again.fd(65), 100) == b"queued"
+    # What is missing below the new root is named by where it must be.
+    (jail / "after").unlink()
+    (jail / "run" / "late").unlink()
+    (jail / "run").rmdir()
+    found = {obstacle.detail.partition(":")[0] for obstacle in preflight_files(state, Options())}
+    assert {str(jail / "after"), str(jail / "run"), "/run/late"} <= found
+    shutil.rmtree(outside)

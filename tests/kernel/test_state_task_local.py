@@ -28,8 +28,6 @@ from agent.state.creds import creds_of, own_securebits, plan_creds, restore_cred
 from agent.state.limits import dump_limits, restore_limits_calls
 from agent.state.process import (
     dumpable_call,
-    handled_signals,
-    personality_call,
     plan_process,
     restore_process_calls,
 )
@@ -144,8 +142,7 @@ def test_limits_survive() -> None:
 
 
 def dump_actions() -> tuple[SignalAction, ...]:
-    handled = handled_signals(read_bytes("/proc/self/status"))
-    return dump(lambda batch: plan_actions(batch.typed(), handled))
+    return dump(lambda batch: plan_actions(batch.typed()))
 
 
 def test_signal_dispositions_survive() -> None:
@@ -389,11 +386,10 @@ def test_process_attributes_survive() -> None:
     def destination() -> ProcessState:
         batch = LocalBatch()
         restore_process_calls(batch.typed(), state)
-        personality_call(batch.typed(), state)
         dumpable_call(batch.typed(), state)
         batch.run()
         return dump_process()
 
     restored = in_child(destination)
-    for name in ("umask", "cwd", "root", "dumpable", "child_subreaper", "personality"):
+    for name in ("umask", "cwd", "root", "dumpable", "child_subreaper"):
         assert getattr(restored, name) == getattr(state, name), name

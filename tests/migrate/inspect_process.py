@@ -45,7 +45,7 @@ STAT_FIELDS = {
 PF_DIFFERS = 0x00400000 | 0x00000100 | 0x00000040 | 0x00000400 | 0x00000080 | 0x00002000
 
 WHOLE_FILES = (
-    "auxv", "cmdline", "environ", "limits", "oom_score_adj", "coredump_filter", "timers", "personality", "cgroup",
+    "auxv", "cmdline", "environ", "limits", "oom_score_adj", "coredump_filter", "timers", "cgroup",
 )  # fmt: skip
 LINKS = ("exe", "cwd", "root")
 # Inodes of pipes, sockets and memfds are the kernel's to choose, and so are numbers of the mounts they are on.
@@ -122,6 +122,7 @@ def _thread(task: Path) -> Picture:
     prefix = f"thread {task.name} "
     picture = _status(task / "status", prefix) | _stat(task / "stat", prefix)
     picture[prefix + "comm"] = _read(task / "comm")
+    picture[prefix + "personality"] = _read(task / "personality")
     # Of another thread than the leader the file is found under its own number only (root sees it there).
     picture[prefix + "timerslack_ns"] = _read(task.parent.parent.parent / task.name / "timerslack_ns")
     for line in _read(task / "sched").splitlines():

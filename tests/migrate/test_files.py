@@ -1,13 +1,27 @@
-"""Every kind of file descriptor, one exhibit of tests/workloads/fdzoo.py at a time and all together."""
+"""Every kind of file descriptor, one exhibit of tests/workloads/fdzoo.py at a time and all together.
+
+Also below another root directory: a whole system, which both hosts have mounted there.
+"""
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.hosts import Host
-from tests.migrate.crossing import Workload, migrate, start_workload
+from tests.hosts import REPOSITORY, Host
+from tests.migrate.crossing import (
+    REFUSED,
+    Receiver,
+    Workload,
+    agent_send,
+    migrate,
+    start_program,
+    start_workload,
+    traces_of,
+)
 from tests.workloads.fdzoo import EXHIBITS
 
 # Enough checks on the destination for what needs some turns (the half-closed pipe).
@@ -43,3 +57,54 @@ def test_whole_zoo_is_carried_there_and_back(source: Host, destination: Host, tm
     migrate(workload, source, tmp_path)
     still.unlink()
     workload.assert_healthy(source, count=TURNS)
+
+
+def start_jailed_zoo(source: Host, directory: Path, jail: Path) -> tuple[Workload, Path]:
+    zoo, status = directory / "zoo", directory / "zoo.status"
+    zoo.mkdir()
+    source.run(["mkdir", jail])
+    source.run(["mount", "--rbind", "/", jail])
+    argv: list[str | Path] = ["chroot", jail, "env", f"--chdir={REPOSITORY}"]
+    argv += [sys.executable, "-m", "tests.workloads.fdzoo", zoo, status]
+    (zoo / "still").touch()
+    return start_program(source, directory, argv, status=status), zoo / "still"
+
+
+def links_of(host: Host, pid: int) -> dict[str, str]:
+    """Where the links of a process lead, as somebody at the host's own root sees it."""
+    return {name: os.readlink(host.proc(pid) / name) for name in ("root", "cwd", "exe", "fd/0", "fd/1")}
+
+
+def test_a_process_with_another_root_directory_is_carried_there_and_back(
+    source: Host, destination: Host, tmp_path: Path
+) -> None:
+    jail = tmp_path / "jail"
+    workload, still = start_jailed_zoo(source, tmp_path, jail)
+    destination.run(["mount", "--rbind", "/", jail])
+    before = links_of(source, workload.pid)
+    assert before["root"] == str(jail)
+    assert before["cwd"] == f"{jail}{REPOSITORY}" and before["exe"].startswith(f"{jail}/")
+    migrate(workload, destination, tmp_path, send=["--verify"])
+    assert links_of(destination, workload.pid) == before
+    workload.assert_healthy(destination, count=3)
+    migrate(workload, source, tmp_path)
+    assert links_of(source, workload.pid) == before
+    still.unlink()
+    workload.assert_healthy(source, count=3)
+
+
+def test_a_root_directory_that_the_destination_does_not_have_is_named(
+    source: Host, destination: Host, tmp_path: Path
+) -> None:
+    here = tmp_path / "only-here"
+    here.mkdir()
+    source.run(["mount", "-t", "tmpfs", "none", here])
+    jail = here / "jail"
+    workload, _ = start_jailed_zoo(source, tmp_path, jail)
+    before = traces_of(source, workload.pid)["status"]
+    sent = agent_send(source, tmp_path, workload.pid, Receiver(destination, tmp_path).address, check=REFUSED)
+    found = [obstacle for obstacle in sent.outcome["obstacles"] if obstacle["kind"] == "directory"]
+    assert {obstacle["what"] for obstacle in found} == {"working directory", "root directory"}
+    assert all(str(jail) in obstacle["detail"] for obstacle in found)
+    workload.assert_healthy(source, count=3)
+    assert traces_of(source, workload.pid)["status"] == before

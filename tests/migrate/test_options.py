@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from tests.migrate.crossing import (
     Workload,
     agent_send,
     migrate,
+    start_program,
     start_workload,
     state_directory,
 )
@@ -63,6 +65,21 @@ def test_waiting_receiver_exits_as_the_process_does(
     assert f"\nPPid:\t{receiver.process.inner}\n" in status
     os.kill(destination.outer_pid(calm.pid), signal.SIGTERM)
     assert receiver.finish().status == 128 + signal.SIGTERM
+
+
+def test_waiting_receiver_is_the_parent_whose_death_is_signalled(
+    source: Host, destination: Host, tmp_path: Path
+) -> None:
+    status = tmp_path / "storm.status"
+    argv: list[str | Path] = ["setpriv", "--pdeathsig=TERM", sys.executable, "-m", "tests.workloads.storm"]
+    argv += ["1", status, "--calm"]
+    workload = start_program(source, tmp_path, argv, status=status)
+    receiver = Receiver(destination, tmp_path, "--wait")
+    agent_send(source, tmp_path, workload.pid, receiver.address, check=COMPLETED)
+    workload.assert_healthy(destination, count=3)
+    receiver.process.kill()
+    receiver.process.communicate()
+    wait_until(lambda: not destination.outer_pid(workload.pid), "the process to end with its parent")
 
 
 def test_receiver_serves_one_migration_after_another(

@@ -23,7 +23,7 @@ from tests.workloads import libc
 from tests.workloads.status import Status
 
 NR = {
-    "arch_prctl": 158, "capget": 125, "capset": 126, "get_mempolicy": 239, "get_robust_list": 274,
+    "arch_prctl": 158, "capget": 125, "capset": 126, "get_mempolicy": 239, "mbind": 237, "get_robust_list": 274,
     "getgroups": 115, "getitimer": 36, "getpriority": 140, "getresgid": 120, "getresuid": 118, "getsid": 124,
     "ioprio_get": 252, "ioprio_set": 251, "membarrier": 324, "mlockall": 151, "personality": 135, "prctl": 157,
     "prlimit64": 302, "rt_sigaction": 13, "rt_sigpending": 127, "rt_sigprocmask": 14, "sched_getaffinity": 204,
@@ -111,6 +111,7 @@ def picture_of_thread() -> dict[str, object]:
     seen["gs base"] = buffer_after("arch_prctl", 8, 0x1004)
     seen["cpuid"] = raw("arch_prctl", 0x1011, 0)
     seen["rounding"] = _libm.fegetround()
+    seen["personality"] = raw("personality", 0xFFFFFFFF)
     seen["name"] = buffer_after("prctl", 16, 16, after=(0, 0, 0))
     return seen
 
@@ -126,9 +127,9 @@ def robust_list() -> str:
     return f"{result} {head.value:#x} {length.value}"
 
 
-def mempolicy() -> str:
+def mempolicy(address: int = 0) -> str:
     mode, nodes = ctypes.c_int(), (ctypes.c_uint64 * 16)()
-    result = raw("get_mempolicy", ctypes.byref(mode), nodes, 1024, 0, 0)
+    result = raw("get_mempolicy", ctypes.byref(mode), nodes, 1024, address, 2 if address else 0)
     return f"{result} {mode.value:#x} {bytes(nodes).hex().rstrip('0')}"
 
 
@@ -136,7 +137,6 @@ def picture_of_process() -> dict[str, object]:
     """Everything that all threads share."""
     seen: dict[str, object] = {"pid": os.getpid(), "argv": sys.argv, "umask": umask()}
     seen["cwd"] = os.getcwd()
-    seen["personality"] = raw("personality", 0xFFFFFFFF)
     for number in range(1, 65):
         seen[f"action {number}"] = buffer_after("rt_sigaction", 32, number, None, after=(8,))
     for which in range(16):
@@ -149,6 +149,8 @@ def picture_of_process() -> dict[str, object]:
         interval = spec.it_interval.tv_sec, spec.it_interval.tv_nsec
         seen[f"timer {number} clock {clock}"] = (result, interval, spec.it_value.tv_sec > 0)
         seen[f"timer {number} overrun"] = raw("timer_getoverrun", number)
+    for number, address in enumerate(PLACED):
+        seen[f"mapping {number} policy"] = mempolicy(address)
     seen["membarrier"] = raw("membarrier", MEMBARRIER_REGISTRATIONS, 0, 0)
     for command in (8, 32):
         # Registered or not shows in what the call does.
@@ -167,6 +169,7 @@ def resource_limit(which: int) -> str:
 
 
 _libm = ctypes.CDLL("libm.so.6")
+PLACED: list[int] = []
 TIMERS: dict[int, tuple[str, int]] = {}
 HANDLED = (signal.SIGUSR2, signal.SIGHUP, signal.SIGRTMIN + 3)
 _keep: list[object] = []
@@ -187,8 +190,6 @@ def unusual_process(unusual: Unusual) -> None:
     # A default action with flags and a mask: what sigaction() leaves behind when a program has a wrapper.
     action = struct.pack("=QQQQ", 0, 0x10000000, 0, 0xF0)
     unusual.call("rt_sigaction", signal.SIGUSR1, ctypes.create_string_buffer(action), None, 8)
-    # ADDR_NO_RANDOMIZE | UNAME26 would change what uname says; ADDR_NO_RANDOMIZE | STICKY_TIMEOUTS
-    unusual.call("personality", 0x0040000 | 0x4000000)
     for name, soft, hard in (
         ("RLIMIT_NOFILE", 700, 900), ("RLIMIT_CORE", 4096, 8192), ("RLIMIT_STACK", 4 << 20, 64 << 20),
         ("RLIMIT_NICE", 3, 5), ("RLIMIT_RTPRIO", 2, 7), ("RLIMIT_MSGQUEUE", 1000, 2000),
@@ -224,6 +225,13 @@ def unusual_process(unusual: Unusual) -> None:
     for offset, advice in ((4, 16), (5, 18), (6, 10), (7, 15), (8, 1), (9, 12)):
         libc.syscall(libc.NR_madvise, memory + (offset << 12), 1 << 12, advice)
     libc.syscall(149, memory + (10 << 12), 1 << 12)  # mlock
+    # Memory policies of mappings: interleave, bind with MPOL_F_STATIC_NODES, prefer, local; the last has none.
+    placed = libc.syscall(libc.NR_mmap, 0, 5 << 12, 3, 0x22, -1, 0)
+    node = ctypes.c_uint64(1)
+    for offset, (mode, nodes) in enumerate(((3, node), (2 | 1 << 15, node), (1, node), (4, None))):
+        mask = (ctypes.byref(nodes), 64) if nodes else (None, 0)
+        unusual.call("mbind", placed + (offset << 12), 1 << 12, mode, *mask, 0, what=f"mbind {mode}")
+    PLACED.extend(placed + (offset << 12) for offset in range(5))
     libc.syscall(libc.NR_mprotect, memory + (12 << 12), 1 << 12, 0)
     libc.syscall(libc.NR_mprotect, memory + (13 << 12), 1 << 12, 1)
     libc.syscall(libc.NR_mprotect, memory + (14 << 12), 1 << 12, 5)
@@ -249,6 +257,8 @@ def _write(path: str, text: str) -> None:
 def unusual_thread(unusual: Unusual, number: int) -> None:
     """Things of one thread, apart from credentials; ``number`` makes them differ."""
     unusual.call("prctl", 15, f"exact {number} (x) \\n".encode() + b"\0", 0, 0, 0, what="name")
+    # UNAME26 would change what uname says. ADDR_NO_RANDOMIZE | STICKY_TIMEOUTS; MMAP_PAGE_ZERO
+    unusual.call("personality", (0x0040000 | 0x4000000, 0x0100000, 0)[number % 3])
     mask = ctypes.c_uint64((1 << (signal.SIGUSR1 - 1)) | (1 << (40 + number)) | 1 << 63)
     unusual.call("rt_sigprocmask", 2, ctypes.byref(mask), None, 8)
     stack = ctypes.create_string_buffer(65536)

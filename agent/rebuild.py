@@ -56,7 +56,7 @@ from agent.state.vma import find_gap, special_mappings
 from agent.target.inject import Batch, Injector
 from agent.target.tracer import Tracer
 from agent.types import Pid, Tid
-from agent.warmup import make_urgent
+from agent.warmup import make_ordinary, make_urgent
 from protocol.messages import Hello
 from protocol.pages import PageBatch, PageEncoding
 from protocol.state.files import FilesState
@@ -276,7 +276,6 @@ class Rebuild:
         :raises InjectError: a thread cannot be made.
         """
         with self._step("prepare threads"):
-            make_urgent(self.pid)
             batch = Batch()
             raise_limits_calls(batch, self.pid)
             seen = Clocks(state.monotonic_ns, state.boottime_ns)
@@ -285,12 +284,13 @@ class Rebuild:
 
     def begin_task(self, sections: Mapping[str, Sequence[object]]) -> None:
         """Restore files and make the threads; pages and mappings may still come."""
-        # Every injected call waits for its thread to get a CPU. Their own scheduling comes with their state.
-        make_urgent(self.pid)
         states = [state for kind in sections.values() for state in kind]
         self._mm = only(sections, "mm", MmState)
         self._task = TaskRestore(
-            TaskState.from_sections(states), self.pid, keep_pdeath_signal=self.options.wait
+            TaskState.from_sections(states),
+            self.pid,
+            keep_pdeath_signal=self.options.wait,
+            urgent=self._make_urgent(),
         )
         batch = Batch()
         self._task.early_calls(batch)
@@ -304,6 +304,14 @@ class Rebuild:
         self._restore_files(only(sections, "files", FilesState))
         with self._step("make threads"):
             self._make_threads(self._task)
+            self._make_urgent()
+
+    def _make_urgent(self) -> bool:
+        """Have no thread wait for a CPU to make injected calls; their own scheduling comes at the end.
+
+        A thread born of an urgent one would have no timer slack by default, so each is made urgent by itself.
+        """
+        return all([make_urgent(tid) for tid in self._host_tids.values()])
 
     def _step(self, name: str) -> contextlib.AbstractContextManager[None]:
         return self._clock.phase(f"restore: {name}", frozen=True)
@@ -349,6 +357,8 @@ class Rebuild:
 
     def _clone_threads(self, batch: Batch, tids: Sequence[int]) -> None:
         clone_calls(batch, tids)
+        if tids:
+            make_ordinary(self.pid)  # see _make_urgent()
         self.injector.run(batch)
         self._host_tids = host_tids(self.pid)
         for tid in tids:
@@ -408,6 +418,7 @@ class Rebuild:
         ptrace.setsigmask(self.pid, ALL_SIGNALS)
         self.injector.close()
         ptrace.setsigmask(self.pid, restore.state.leader.sigmask)
+        restore.calm_down(self._host_tids)
 
     # -- the end ---------------------------------------------------------------------------------------
 

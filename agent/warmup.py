@@ -50,7 +50,17 @@ def urgent() -> Iterator[None]:
         gc.enable()
 
 
-def make_urgent(pid: int) -> None:
-    """Let a process (0: this one) run before ordinary ones, if this agent may (CAP_SYS_NICE)."""
+def make_urgent(pid: int) -> bool:
+    """Let a thread (0: this one) run before ordinary ones, if this agent may (CAP_SYS_NICE); return whether it may.
+
+    Threads that it makes from then on are urgent too.
+    """
     with suppress(PermissionError):
         os.sched_setscheduler(pid, os.SCHED_RR, os.sched_param(URGENT_PRIORITY))
+        return True
+    return False
+
+
+def make_ordinary(pid: int) -> None:
+    """Take back make_urgent()."""
+    os.sched_setscheduler(pid, os.SCHED_OTHER, os.sched_param(0))

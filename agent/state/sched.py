@@ -7,14 +7,17 @@ Sources: sched_setattr(2), ioprio_set(2).
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import struct
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
+from agent.errors import RestoreError
 from agent.kernel import sched
-from agent.kernel.prctl import PR_GET_TIMERSLACK, PR_SET_TIMERSLACK
+from agent.kernel.libc import syscall
+from agent.kernel.prctl import PR_GET_TIMERSLACK, PR_SET_TIMERSLACK, prctl
 from agent.kernel.sched import (
     IOPRIO_WHO_PROCESS,
     SCHED_DEADLINE,
@@ -142,11 +145,11 @@ def plan_sched(batch: Batch) -> Callable[[], SchedState]:
     return collect
 
 
-def restore_sched_calls(batch: Batch, state: SchedState) -> None:
+def restore_sched_calls(batch: Batch, state: SchedState, *, with_policy: bool = True) -> None:
     """Add the calls that give the thread that runs ``batch`` the scheduling in ``state``.
 
     Needs CAP_SYS_NICE for a better nice value or a real-time policy, so it comes before the
-    credentials.
+    credentials. ``with_policy`` False leaves out what set_policy() does later.
     """
     # The CPUs first: a deadline policy is refused to a thread that is bound to some of them.
     if state.affinity_all:
@@ -158,12 +161,51 @@ def restore_sched_calls(batch: Batch, state: SchedState) -> None:
     )
     # The nice value by itself: sched_setattr leaves it out for real-time policies.
     batch.call(NR_setpriority, PRIO_PROCESS, 0, state.nice, name="setpriority")
+    if with_policy:
+        batch.call(NR_sched_setattr, 0, batch.data(_policy(state)), 0, name="sched_setattr")
+        batch.call(
+            NR_prctl, PR_SET_TIMERSLACK, state.timer_slack_ns, name="prctl(PR_SET_TIMERSLACK)"
+        )
+    batch.call(NR_ioprio_set, IOPRIO_WHO_PROCESS, 0, state.ioprio, name="ioprio_set")
+    if state.memory_policy:
+        nodes = batch.data(state.memory_nodes.ljust(MAX_NODES_BYTES, b"\0")) if state.memory_nodes else 0
+        bits = NODES_BITS if state.memory_nodes else 0
+        batch.call(NR_set_mempolicy, state.memory_policy, nodes, bits, name="set_mempolicy")
+
+
+def set_policy(host_tid: int, state: SchedState) -> None:
+    """Give a stopped thread its scheduling policy, from outside: until then it may run as an urgent one.
+
+    Its timer slack too: the kernel lets real-time threads have none, and gives one that is no longer
+    real-time what it was born with.
+
+    :raises RestoreError: the kernel refuses.
+    """
+    attr = ctypes.create_string_buffer(_policy(state), _SCHED_ATTR.size)
+    try:
+        syscall(NR_sched_setattr, host_tid, ctypes.addressof(attr), 0)
+        if state.timer_slack_ns not in (0, own_timer_slack_ns()):
+            with open(f"/proc/{host_tid}/timerslack_ns", "w", encoding="ascii") as file:
+                file.write(str(state.timer_slack_ns))
+    except OSError as err:
+        raise RestoreError(
+            f"Cannot give thread {host_tid} scheduling policy {state.policy}: {err.strerror}"
+        ) from err
+
+
+@functools.cache
+def own_timer_slack_ns() -> int:
+    """Timer slack of this agent, and of threads born from it; first asked before it is urgent, and has none."""
+    return prctl(PR_GET_TIMERSLACK)
+
+
+def _policy(state: SchedState) -> bytes:
     flags = state.flags
     if state.util_min > 0:
         flags |= SCHED_FLAG_UTIL_CLAMP_MIN
     if 0 < state.util_max < SCHED_CAPACITY_SCALE:
         flags |= SCHED_FLAG_UTIL_CLAMP_MAX
-    attr = _SCHED_ATTR.pack(
+    return _SCHED_ATTR.pack(
         _SCHED_ATTR.size,
         state.policy,
         flags,
@@ -175,15 +217,6 @@ def restore_sched_calls(batch: Batch, state: SchedState) -> None:
         state.util_min,
         state.util_max,
     )
-    batch.call(NR_sched_setattr, 0, batch.data(attr), 0, name="sched_setattr")
-    batch.call(NR_ioprio_set, IOPRIO_WHO_PROCESS, 0, state.ioprio, name="ioprio_set")
-    batch.call(
-        NR_prctl, PR_SET_TIMERSLACK, state.timer_slack_ns, name="prctl(PR_SET_TIMERSLACK)"
-    )
-    if state.memory_policy:
-        nodes = batch.data(state.memory_nodes.ljust(MAX_NODES_BYTES, b"\0")) if state.memory_nodes else 0
-        bits = NODES_BITS if state.memory_nodes else 0
-        batch.call(NR_set_mempolicy, state.memory_policy, nodes, bits, name="set_mempolicy")
 
 
 def bound_cpus(status: Status) -> bytes:

@@ -48,7 +48,14 @@ from agent.state.process import (
     thp_call,
     write_process_files,
 )
-from agent.state.sched import check_sched_restore, default_slice_ns, online_mask, plan_sched
+from agent.state.sched import (
+    check_sched_restore,
+    default_slice_ns,
+    online_mask,
+    own_timer_slack_ns,
+    plan_sched,
+    set_policy,
+)
 from agent.state.signals import (
     block_signals_call,
     plan_actions,
@@ -156,6 +163,7 @@ def warm_up() -> None:
     own = Batch()
     plan_sched(own)
     default_slice_ns()
+    own_timer_slack_ns()
     online_mask()
 
 
@@ -278,17 +286,25 @@ class TaskRestore:
     """The restore of one task into the new process ``host_pid``, step by step as process.py says.
 
     ``detach``: a process from somebody else's session gets its own. ``keep_pdeath_signal``: the
-    agent stays its parent. ``elapsed_ns`` given to the leader's calls moves real-time timers on by
+    agent stays its parent. ``urgent``: its threads run before ordinary ones until calm_down().
+    ``elapsed_ns`` given to the leader's calls moves real-time timers on by
     the time since the freeze.
     """
 
     def __init__(
-        self, state: TaskState, host_pid: int, *, detach: bool = True, keep_pdeath_signal: bool = False
+        self,
+        state: TaskState,
+        host_pid: int,
+        *,
+        detach: bool = True,
+        keep_pdeath_signal: bool = False,
+        urgent: bool = False,
     ) -> None:
         self.state = state
         self.host_pid = host_pid
         self._detach = detach
         self._keep_pdeath_signal = keep_pdeath_signal
+        self._urgent = urgent
         self._status: Status = read_status(host_pid)
         self._now = creds_of(self._status, own_securebits())
         self._verify: Callable[[], None] | None = None
@@ -318,7 +334,12 @@ class TaskRestore:
             restore_shared_pending_calls(batch, pid, self.state.signals.pending)
             restore_limits_calls(batch, self.state.limits)
         restore_thread_calls(
-            batch, thread, pid, self._now, keep_pdeath_signal=self._keep_pdeath_signal
+            batch,
+            thread,
+            pid,
+            self._now,
+            keep_pdeath_signal=self._keep_pdeath_signal,
+            with_policy=not self._urgent,
         )
         if leads:
             dumpable_call(batch, self.state.process)
@@ -339,6 +360,15 @@ class TaskRestore:
             self.notes.append("Equal pages are not merged (PR_SET_MEMORY_MERGE): CAP_SYS_RESOURCE is missing")
         for note in self.notes:
             _LOG.warning("%s", note)
+
+    def calm_down(self, host_tids: Mapping[int, int]) -> None:
+        """After the last step: give urgent threads their own scheduling.
+
+        :raises RestoreError: the kernel refuses one.
+        """
+        if self._urgent:
+            for state in self.state.threads:
+                set_policy(host_tids[state.tid], state.sched)
 
     def finish_ptrace(
         self, tracer: Tracer, injector: Injector, host_tids: Mapping[int, int]

@@ -209,18 +209,25 @@ def peek_shared_pending(host_tid: int) -> tuple[bytes, ...]:
 
 
 def restore_thread_calls(
-    batch: Batch, state: ThreadState, pid: int, now: CredState, *, keep_pdeath_signal: bool
+    batch: Batch,
+    state: ThreadState,
+    pid: int,
+    now: CredState,
+    *,
+    keep_pdeath_signal: bool,
+    with_policy: bool = True,
 ) -> None:
     """Add the calls that restore ``state`` to the batch of the thread itself, credentials last.
 
     ``pid`` is the process's own id, ``now`` the credentials that the thread was made with.
-    ``keep_pdeath_signal`` is false for a process whose new parent, the agent, will soon exit.
+    ``keep_pdeath_signal`` is false for a process whose new parent, the agent, will soon exit,
+    ``with_policy`` when set_policy() follows.
     """
     block_signals_call(batch)
     name = batch.data(state.name.ljust(_NAME_BYTES, b"\0"))
     batch.call(NR_prctl, PR_SET_NAME, name, name="prctl(PR_SET_NAME)")
     batch.call(NR_personality, state.personality, name="personality")
-    restore_sched_calls(batch, state.sched)
+    restore_sched_calls(batch, state.sched, with_policy=with_policy)
     batch.call(
         NR_prctl, PR_MCE_KILL, PR_MCE_KILL_SET, state.mce_kill, name="prctl(PR_MCE_KILL)"
     )

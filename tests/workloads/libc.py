@@ -30,6 +30,7 @@ NR_rt_sigqueueinfo = 129
 NR_rt_tgsigqueueinfo = 297
 NR_rt_sigtimedwait = 128
 NR_sigaltstack = 131
+NR_prctl = 157
 NR_gettid = 186
 NR_epoll_pwait2 = 441
 

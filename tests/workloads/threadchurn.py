@@ -12,10 +12,17 @@ import sys
 import threading
 import time
 
+from tests.workloads import libc
 from tests.workloads.status import Status
 
 NR_BREEDERS = 4
 BROOD = 3
+
+
+def default_timer_slack() -> int:
+    """The timer slack that this thread was born with: what 0 stands for."""
+    libc.syscall(libc.NR_prctl, 29, 0, 0, 0, 0)  # PR_SET_TIMERSLACK
+    return libc.syscall(libc.NR_prctl, 30, 0, 0, 0, 0)  # PR_GET_TIMERSLACK
 
 
 class Brood:
@@ -39,7 +46,9 @@ class Brood:
             self.ended += 1
 
     def breed(self) -> None:
+        slack = default_timer_slack()
         while True:
+            self.status.check(default_timer_slack() == slack, "the default timer slack changed")
             threads = [threading.Thread(target=self.live, args=(self.born + i,)) for i in range(BROOD)]
             for thread in threads:
                 thread.start()

@@ -7,9 +7,12 @@ Source: proc_pid_stat(5).
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from agent.procfs.files import read_bytes
+
+PF_EXITING: Final = 0x4
+"""include/linux/sched.h: in ``Stat.flags``."""
 
 
 class Stat(NamedTuple):
@@ -95,3 +98,12 @@ def read_stat(pid: int) -> Stat:
 def read_task_stat(pid: int, tid: int) -> Stat:
     """Return the stat of one thread: times, state, last cpu and policy are its own."""
     return parse_stat(read_bytes(f"/proc/{pid}/task/{tid}/stat"))
+
+
+def is_exiting(pid: int, tid: int) -> bool:
+    """Tell whether a thread is gone or on its way out: it has given up what it shared with the others by then."""
+    try:
+        stat = read_task_stat(pid, tid)
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return bool(stat.flags & PF_EXITING) or stat.state in "XZ"

@@ -20,7 +20,7 @@ from agent.procfs.process import (
     list_tids,
     read_ns,
 )
-from agent.procfs.stat import read_stat
+from agent.procfs.stat import is_exiting, read_stat
 from agent.procfs.status import Status, read_status, read_task_status
 from agent.procfs.timers import read_timers
 from agent.state.paths import leads_to
@@ -198,7 +198,7 @@ def _sharing(pid: int, status: Status) -> Iterator[Obstacle]:
                 result = 0 if tid == pid else kcmp(pid, tid, kind)
             except OSError:
                 break  # the thread ended, or kcmp is not allowed: then nothing of this works
-            if result:
+            if result and not is_exiting(pid, tid):
                 yield Obstacle(
                     kind="unshared-thread",
                     what=f"thread {tid}",

@@ -25,7 +25,7 @@ from typing import Any
 
 from agent.errors import RefusedError, RestoreError
 from agent.kernel import syscalls as nr
-from agent.kernel.kcmp import KCMP_FILES, kcmp, kcmp_file
+from agent.kernel.kcmp import kcmp_file
 from agent.procfs.fdinfo import FdInfo, parse_fdinfo
 from agent.state import filelock
 from agent.state.context import DumpContext, RestoreContext, RestoreOptions
@@ -58,9 +58,8 @@ Key = tuple[object, ...]
 
 def check_files(ctx: DumpContext) -> list[Obstacle]:
     """Return every reason why the files of a running process cannot be carried, all at once."""
-    obstacles = _check_threads(ctx)
     job, _ = _examine(ctx, content=False)
-    return obstacles + job.obstacles
+    return job.obstacles
 
 
 def dump_files(ctx: DumpContext, *, content: bool = True) -> FilesState:
@@ -77,26 +76,6 @@ def dump_files(ctx: DumpContext, *, content: bool = True) -> FilesState:
             f"Cannot carry the open files of process {ctx.pid}: {job.obstacles[0]}", job.obstacles
         )
     return state
-
-
-def _check_threads(ctx: DumpContext) -> list[Obstacle]:
-    # Threads made with clone(2) without CLONE_FILES have tables of their own.
-    obstacles = []
-    for name in os.listdir(f"/proc/{ctx.pid}/task"):
-        tid = int(name)
-        try:
-            if tid != ctx.pid and kcmp(ctx.pid, tid, KCMP_FILES) != 0:
-                obstacles.append(
-                    Obstacle(
-                        kind="file table",
-                        what=f"thread {tid}",
-                        detail="has a file descriptor table of its own",
-                        hint="unshare(CLONE_FILES) is not carried yet",
-                    )
-                )
-        except ProcessLookupError:
-            continue
-    return obstacles
 
 
 def _examine(ctx: DumpContext, *, content: bool) -> tuple[DumpJob, FilesState | None]:

@@ -46,7 +46,9 @@ log = logging.getLogger(__name__)
 STOP_TIMEOUT_S: Final = 10.0
 """How long a thread may take to stop; only one in uninterruptible sleep takes longer than microseconds."""
 _SWALLOW_S: Final = 0.1
-"""How long to wait for a signal that is queued: taking it needs no instruction of the target."""
+"""After so long it is looked whether a queued signal is still there: taking it needs no instruction of the target."""
+_SWALLOW_PATIENCE_S: Final = 60.0
+"""How long to wait for a thread to take a queued signal."""
 _ALL_SIGNALS: Final = (1 << 64) - 1
 _REAP_S: Final = 1.0
 """How long to wait for killed threads to end."""
@@ -446,16 +448,34 @@ class Tracer:
             thread.forget()
             thread.stopped = False
             ptrace.cont(thread.tid, delivered)
+            taken = self._wait_signal(thread, sig)
+            if taken == sig:
+                thread.pending_stop_signal = 0
+            if taken in (0, sig):
+                return
+            thread.pending_stop_signal = taken
+
+    def _wait_signal(self, thread: TracedThread, sig: int) -> int:
+        """Wait for the stop at a queued signal and return it; 0, the thread being stopped, if ``sig`` was taken back.
+
+        On a busy host the thread may wait long for a CPU.
+        """
+        deadline = time.monotonic() + _SWALLOW_PATIENCE_S
+        while True:
             try:
                 stop = self.wait_stop(thread, _SWALLOW_S)
             except FreezeError:
+                if read_status(self.pid).shd_pnd & _bit(sig) and time.monotonic() < deadline:
+                    continue
                 ptrace.interrupt(thread.tid)
-                self._wait_stopped(thread)
-                return
+                stop = self._wait_stopped(thread)
+                return stop.sig if stop.kind is StopKind.SIGNAL else 0
             if stop.kind is StopKind.SIGNAL:
-                if stop.sig == sig:
-                    return
-                thread.pending_stop_signal = stop.sig
+                return stop.sig
+            self._before_release(thread)
+            thread.forget()
+            thread.stopped = False
+            ptrace.cont(thread.tid, 0)
 
     def spare_on_exit(self) -> None:
         """Undo kill_on_exit for the stopped threads: a skeleton that was held outlives the agent."""

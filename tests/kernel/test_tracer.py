@@ -16,8 +16,9 @@ from collections.abc import Iterator
 import pytest
 
 from agent.errors import FreezeError, TargetGone
+from agent.procfs.status import read_status
 from agent.target.tracer import Tracer, pick_injection_thread, release_hold
-from tests.kernel.support import wait_for
+from tests.kernel.support import skip_unless_root, wait_for
 from tests.kernel.test_inject import COUNTER, THREADED, running, state_of
 
 CHURN = """
@@ -189,6 +190,26 @@ def test_hold_that_outlived_its_agent_ends_without_a_trace(block: bool) -> None:
     assert state_of(child.pid) in "SR"
     assert child.communicate()[0] == b" down"
     assert child.returncode == 0
+
+
+def test_hold_ends_on_a_busy_cpu() -> None:
+    # The thread that is to take the SIGSTOP gets no CPU for longer than the agent waits between two looks.
+    skip_unless_root()
+    hog = (
+        "import os, time; os.sched_setaffinity(0, {0}); os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1));"
+        "print('up', flush=True); end = time.monotonic() + 0.5\n"
+        "while time.monotonic() < end: pass"
+    )
+    with running(COUNTER) as child:
+        os.sched_setaffinity(child.pid, {0})
+        with Tracer(child.pid) as tracer:
+            tracer.stop_all()
+            tracer.hold()
+            with subprocess.Popen([sys.executable, "-c", hog], stdout=subprocess.PIPE) as busy:
+                assert busy.stdout is not None and busy.stdout.readline() == b"up\n"
+                tracer.unhold()
+        assert state_of(child.pid) != "T"
+        assert not read_status(child.pid).shd_pnd
 
 
 def test_hold_keeps_a_pending_sigcont() -> None:

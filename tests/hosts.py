@@ -65,7 +65,7 @@ def wait_until(condition: Callable[[], object], what: str, timeout_s: float = WA
 
 def inner_pid_of(outer_pid: int) -> int:
     """The pid that the process has in its own, innermost, pid namespace."""
-    for line in Path(f"/proc/{outer_pid}/status").read_text().splitlines():
+    for line in Path(f"/proc/{outer_pid}/status").read_text(errors="replace").splitlines():
         if line.startswith("NSpid:"):
             return int(line.split()[-1])
     raise HostError(f"/proc/{outer_pid}/status has no NSpid")
@@ -74,7 +74,7 @@ def inner_pid_of(outer_pid: int) -> int:
 def is_alive(outer_pid: int) -> bool:
     """Whether the process exists and is no zombie."""
     try:
-        stat = Path(f"/proc/{outer_pid}/stat").read_text()
+        stat = Path(f"/proc/{outer_pid}/stat").read_text(errors="replace")
     except OSError:
         return False
     return stat.rpartition(") ")[2][:1] not in ("Z", "X")
@@ -258,14 +258,14 @@ class Host:
         for entry in Path(f"/proc/{self.init_pid}/root/proc").iterdir():
             if entry.name.isdigit() and entry.name != "1":
                 with contextlib.suppress(OSError):
-                    found[int(entry.name)] = (entry / "comm").read_text().strip()
+                    found[int(entry.name)] = (entry / "comm").read_text(errors="replace").strip()
         return found
 
     def listens_on_tcp(self, port: int) -> bool:
         """Whether a TCP socket listens on `port` inside: no connection is made to find out."""
         wanted = f"{port:04X}"
         for table in ("tcp", "tcp6"):
-            for line in Path(f"/proc/{self.init_pid}/net/{table}").read_text().splitlines()[1:]:
+            for line in Path(f"/proc/{self.init_pid}/net/{table}").read_text(errors="replace").splitlines()[1:]:
                 fields = line.split()
                 if fields[1].endswith(":" + wanted) and fields[3] == "0A":
                     return True
@@ -273,7 +273,7 @@ class Host:
 
     def listens_on_unix(self, path: Path) -> bool:
         """Whether a unix socket made inside listens at `path`."""
-        for line in Path(f"/proc/{self.init_pid}/net/unix").read_text().splitlines()[1:]:
+        for line in Path(f"/proc/{self.init_pid}/net/unix").read_text(errors="replace").splitlines()[1:]:
             fields = line.split()
             # Flags 00010000 is __SO_ACCEPTCON.
             if len(fields) == 8 and fields[7] == str(path) and fields[3] == "00010000":
@@ -316,7 +316,7 @@ def _only_child(pid: int) -> int:
     deadline = time.monotonic() + WAIT_S
     while time.monotonic() < deadline:
         try:
-            found = children.read_text().split()
+            found = children.read_text(errors="replace").split()
         except OSError as err:
             raise HostError(f"process {pid} ended before it had a child") from err
         if found:
@@ -329,7 +329,7 @@ def _only_child(pid: int) -> int:
 
 def _has_become_program(outer_pid: int) -> bool:
     try:
-        name = Path(f"/proc/{outer_pid}/comm").read_text().strip()
+        name = Path(f"/proc/{outer_pid}/comm").read_text(errors="replace").strip()
     except OSError:
         return True
     return name not in ("nsenter", "env", "setsid")

@@ -63,6 +63,8 @@ MADV_WILLNEED: Final = 3
 MADV_WIPEONFORK: Final = 18
 
 MLOCK_ONFAULT: Final = 0x01
+MCL_FUTURE: Final = 2
+MCL_ONFAULT: Final = 4
 
 _MAP_FAILED: Final = 2**64 - 1
 

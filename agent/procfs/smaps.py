@@ -10,6 +10,9 @@ from typing import Final, NamedTuple
 
 from agent.procfs.files import read_bytes
 
+PROTECTION_KEY: Final = "pkey"
+"""Stands among the flags of a mapping with a protection key: the kernel shows it on a line of its own."""
+
 
 class VmFlags(NamedTuple):
     """The two-letter flags of the mapping [start, end): "rd", "wr", "gd" (grows down), "uw" (uffd-wp), ..."""
@@ -30,7 +33,7 @@ class SmapsEntry(NamedTuple):
 
 
 _HEAD: Final = rb"^([0-9a-f]+)-([0-9a-f]+) [rwxsp-]{4} "
-_FLAGS: Final = re.compile(_HEAD + rb"|^VmFlags:(.*)$", re.MULTILINE)
+_FLAGS: Final = re.compile(_HEAD + rb"|^VmFlags:(.*)$|^ProtectionKey: +([1-9]\d*)$", re.MULTILINE)
 _LINE: Final = re.compile(_HEAD + rb"|^(\w+): +(\d+)( kB)?$|^VmFlags:(.*)$", re.MULTILINE)
 
 
@@ -39,10 +42,15 @@ def parse_vm_flags(data: bytes) -> list[VmFlags]:
     result: list[VmFlags] = []
     known: dict[bytes, frozenset[str]] = {}
     start = end = 0
-    for low, high, flags in _FLAGS.findall(data):
+    keyed = b""
+    for low, high, flags, key in _FLAGS.findall(data):
         if low:
-            start, end = int(low, 16), int(high, 16)
+            start, end, keyed = int(low, 16), int(high, 16), b""
             continue
+        if key:
+            keyed = b" " + PROTECTION_KEY.encode()  # its line comes before that of the flags
+            continue
+        flags += keyed
         if flags not in known:
             known[flags] = frozenset(flags.decode().split())
         result.append(VmFlags(start, end, known[flags]))

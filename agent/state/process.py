@@ -24,6 +24,7 @@ Ids are the process's own. Sources: prctl(2), setsid(2), proc(5).
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -34,6 +35,15 @@ from typing import TYPE_CHECKING, Final
 
 from agent.errors import DumpError
 from agent.kernel.arch.x86_64 import ARCH_GET_XCOMP_PERM, ARCH_REQ_XCOMP_PERM
+from agent.kernel.mman import (
+    MADV_DONTNEED,
+    MAP_ANONYMOUS,
+    MAP_PRIVATE,
+    MCL_FUTURE,
+    MCL_ONFAULT,
+    PROT_READ,
+    PROT_WRITE,
+)
 from agent.kernel.prctl import (
     PR_GET_CHILD_SUBREAPER,
     PR_GET_DUMPABLE,
@@ -54,7 +64,13 @@ from agent.kernel.syscalls import (
     NR_getpgid,
     NR_getpid,
     NR_getsid,
+    NR_madvise,
     NR_membarrier,
+    NR_mincore,
+    NR_mlockall,
+    NR_mmap,
+    NR_modify_ldt,
+    NR_munmap,
     NR_prctl,
     NR_setpgid,
     NR_setsid,
@@ -69,6 +85,7 @@ from agent.procfs.process import (
     read_timens_offsets,
 )
 from agent.procfs.stat import read_stat
+from agent.types import PAGE_SIZE
 from protocol.state.process import ProcessState
 
 if TYPE_CHECKING:
@@ -82,6 +99,11 @@ _UMASK: Final = re.compile(rb"\nUmask:\t([0-7]+)\n")
 _TIMESPEC: Final = struct.Struct("=qq")
 _SUBREAPER_AT: Final = _TIMESPEC.size * len(_CLOCKS)
 _XCOMP_AT: Final = _SUBREAPER_AT + 8
+_RESIDENT_AT: Final = _XCOMP_AT + 8
+_LDT_AT: Final = _RESIDENT_AT + 8
+_LDT_BYTES: Final = 8
+_OUT_BYTES: Final = _LDT_AT + _LDT_BYTES
+_RW: Final = PROT_READ | PROT_WRITE
 
 
 def plan_process(
@@ -96,7 +118,7 @@ def plan_process(
     oom_score_adj = read_oom_score_adj(pid)
     coredump_filter = read_coredump_filter(pid)
 
-    out = batch.buffer(_XCOMP_AT + 8)
+    out = batch.buffer(_OUT_BYTES)
     for index, clock in enumerate(_CLOCKS):
         at = out.at(_TIMESPEC.size * index)
         batch.call(NR_clock_gettime, clock, at, name="clock_gettime")
@@ -112,6 +134,14 @@ def plan_process(
     membarrier = batch.call(
         NR_membarrier, _MEMBARRIER_CMD_GET_REGISTRATIONS, 0, 0, name="membarrier", check=False
     )
+    ldt = batch.call(NR_modify_ldt, 0, out.at(_LDT_AT), _LDT_BYTES, name="modify_ldt", check=False)
+    # Nothing tells of mlockall(MCL_FUTURE) but what it does: pages of locked memory are not dropped.
+    probe = batch.call(
+        NR_mmap, 0, PAGE_SIZE, _RW, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0, name="mmap", check=False
+    )
+    batch.call(NR_mincore, probe, PAGE_SIZE, out.at(_RESIDENT_AT), name="mincore", check=False)
+    dropped = batch.call(NR_madvise, probe, PAGE_SIZE, MADV_DONTNEED, name="madvise", check=False)
+    batch.call(NR_munmap, probe, PAGE_SIZE, name="munmap", check=False)
     xcomp_at = out.at(_XCOMP_AT)
     batch.call(
         NR_arch_prctl, ARCH_GET_XCOMP_PERM, xcomp_at, name="arch_prctl(XCOMP_PERM)", check=False
@@ -119,6 +149,12 @@ def plan_process(
 
     def collect() -> ProcessState:
         raw = out.read()
+        # An int, even where the call does not exist.
+        if 0 < ldt.result & 0xFFFFFFFF < 1 << 17:
+            raise DumpError(
+                f"Cannot dump task {pid}: it has a local descriptor table (modify_ldt)",
+                hint="programs that run 16-bit or 32-bit code do; they cannot be moved",
+            )
         clocks = [s * NS_PER_S + ns for s, ns in _TIMESPEC.iter_unpack(raw[:_SUBREAPER_AT])]
         return ProcessState(
             pid=own.value,
@@ -134,7 +170,8 @@ def plan_process(
             child_subreaper=any(raw[_SUBREAPER_AT : _SUBREAPER_AT + 4]),
             memory_deny_write_exec=max(0, mdwe.result),
             memory_merge=merge.result > 0,
-            xcomp_permission=int.from_bytes(raw[_XCOMP_AT:], "little"),
+            xcomp_permission=int.from_bytes(raw[_XCOMP_AT : _XCOMP_AT + 8], "little"),
+            mlock_future=_mlock_future(probe.result, dropped.result, raw[_RESIDENT_AT] & 1),
             stop_signal=stop_signal,
             monotonic_offset_ns=offsets.get("monotonic", 0),
             boottime_offset_ns=offsets.get("boottime", 0),
@@ -145,6 +182,15 @@ def plan_process(
         )
 
     return collect
+
+
+def _mlock_future(mapped: int, dropped: int, resident: int) -> int:
+    # The flags of mlockall(2) that say so, given what became of a new mapping.
+    if mapped < 0:
+        return MCL_FUTURE if mapped == -errno.EAGAIN else 0  # more than RLIMIT_MEMLOCK
+    if dropped != -errno.EINVAL:
+        return 0
+    return MCL_FUTURE if resident else MCL_FUTURE | MCL_ONFAULT
 
 
 def _field(status: bytes, pattern: re.Pattern[bytes]) -> bytes:
@@ -177,13 +223,6 @@ def session_calls(batch: Batch, state: ProcessState, host_pid: int, *, detach: b
         batch.call(NR_setsid, name="setsid")
     elif state.pgid == state.pid and not leads_group:
         batch.call(NR_setpgid, 0, 0, name="setpgid")
-    if state.sid != state.pid:
-        _LOG.info(
-            "Task %d was in session %d and group %d, which stay behind",
-            state.pid,
-            state.sid,
-            state.pgid,
-        )
 
 
 def thp_call(batch: Batch, state: ProcessState) -> None:
@@ -218,6 +257,8 @@ def restore_process_calls(batch: Batch, state: ProcessState) -> Call | None:
     if state.memory_merge:
         # Merely a hint to merge equal pages; it needs CAP_SYS_RESOURCE.
         merge = batch.call(NR_prctl, PR_SET_MEMORY_MERGE, 1, name="prctl(MEMORY_MERGE)", check=False)
+    if state.mlock_future:
+        batch.call(NR_mlockall, state.mlock_future, name="mlockall")
     if state.memory_deny_write_exec:
         batch.call(NR_prctl, PR_SET_MDWE, state.memory_deny_write_exec, name="prctl(PR_SET_MDWE)")
     return merge

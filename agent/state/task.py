@@ -310,6 +310,11 @@ class TaskRestore:
         self._verify: Callable[[], None] | None = None
         self._merge: Call | None = None
         self.notes = [] if keep_pdeath_signal else _lost_pdeath_signals(state.threads)
+        if state.process.sid != state.process.pid:
+            self.notes.append(
+                f"Session {state.process.sid} and process group {state.process.pgid} stay behind:"
+                " the process leads its own"
+            )
         """What the process did not get back, for the user."""
 
     def early_calls(self, batch: Batch) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from agent.errors import RestoreError
 from agent.kernel.mman import PROT_EXEC, PROT_READ, PROT_WRITE
 from agent.procfs.maps import MapsEntry
+from agent.procfs.smaps import PROTECTION_KEY
 from agent.state.mempolicy import NO_POLICY, Policy
 from agent.state.paths import reach
 from agent.tracker.layout import is_shared_object
@@ -202,6 +203,9 @@ def _unmovable(entry: MapsEntry, flags: frozenset[str]) -> str:
         return "the process has a userfaultfd of its own on this range"
     if "ss" in flags:
         return "a shadow stack is not carried yet"
+    if PROTECTION_KEY in flags and entry.perms[:3] != "--x":
+        # The kernel itself has a key for what can only be executed.
+        return "protection keys are not carried yet"
     if "io" in flags or "pf" in flags:
         return "device memory cannot be moved"
     if path.startswith(("anon_inode:", "/anon_inode:")) or path == "[aio]" or "/[aio]" in path:

@@ -19,6 +19,7 @@ class ProcessState:
     """One process.
 
     ``membarrier`` are the registration commands of membarrier(2) that were given, as a bit mask.
+    ``mlock_future`` are the flags of mlockall(2) that say so of mappings to come, 0 without.
     ``cwd`` and ``root`` are as the agent's root directory shows them. ``xcomp_permission`` are the
     dynamically enabled XSAVE features (arch_prctl ARCH_REQ_XCOMP_PERM). ``stop_signal`` is the
     signal that had stopped the whole process when Ferry came (SIGSTOP, SIGTSTP...), 0 when it ran.
@@ -45,6 +46,7 @@ class ProcessState:
     clock_boottime_ns: int
     clock_realtime_ns: int
     membarrier: int = 0
+    mlock_future: int = 0
 
     def __post_init__(self) -> None:
         if self.pid <= 0:
@@ -58,6 +60,8 @@ class ProcessState:
             raise ValueError(f"oom_score_adj {self.oom_score_adj} is out of range")
         if self.dumpable not in (0, 1, 2):
             raise ValueError(f"dumpable {self.dumpable} is unknown")
+        if self.mlock_future not in (0, 2, 6):
+            raise ValueError(f"flags {self.mlock_future:#x} of mlockall are unknown")
 
 
 register("process", ProcessState, version_id=1, minimum_version_id=1)

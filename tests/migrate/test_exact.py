@@ -44,7 +44,7 @@ def unexpected(before: Picture, after: Picture) -> list[str]:
 
 
 def state_of(host: Host, pid: int) -> str:
-    found = re.search(r"^State:\t(\w)", (host.proc(pid) / "status").read_text(), re.MULTILINE)
+    found = re.search(r"^State:\t(\w)", (host.proc(pid) / "status").read_text(errors="replace"), re.MULTILINE)
     assert found
     return found[1]
 
@@ -80,7 +80,10 @@ def seen_inside(workload: Workload, host: Host) -> Picture:
 def test_a_process_full_of_unusual_settings_is_the_same_everywhere(
     source: Host, destination: Host, tmp_path: Path
 ) -> None:
-    workload = start_workload(source, tmp_path, "exact", "STATUS")
+    status = tmp_path / "exact.status"
+    argv: list[str | Path] = ["env", f"HUGE={'e' * 100_000}", sys.executable, "-m", "tests.workloads.exact"]
+    argv += [status, "a" * 100_000, "b" * 100_000, os.fsdecode(b"\xff\n")]
+    workload = start_program(source, tmp_path, argv, status=status)
     before = seen_inside(workload, source)
     crossing = migrate(workload, destination, tmp_path, send=["--verify"])
     assert unexpected(before, seen_inside(workload, destination)) == []

@@ -10,6 +10,7 @@ What this kernel or these privileges do not allow is noted in "refused" and left
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import resource
 import signal
@@ -135,7 +136,9 @@ def mempolicy(address: int = 0) -> str:
 
 def picture_of_process() -> dict[str, object]:
     """Everything that all threads share."""
-    seen: dict[str, object] = {"pid": os.getpid(), "argv": sys.argv, "umask": umask()}
+    seen: dict[str, object] = {"pid": os.getpid(), "umask": umask()}
+    words = "\0".join([*sys.argv, *sorted(f"{name}={value}" for name, value in os.environ.items())])
+    seen["argv, environ"] = hashlib.sha256(os.fsencode(words)).hexdigest()
     seen["cwd"] = os.getcwd()
     for number in range(1, 65):
         seen[f"action {number}"] = buffer_after("rt_sigaction", 32, number, None, after=(8,))
@@ -149,6 +152,7 @@ def picture_of_process() -> dict[str, object]:
         interval = spec.it_interval.tv_sec, spec.it_interval.tv_nsec
         seen[f"timer {number} clock {clock}"] = (result, interval, spec.it_value.tv_sec > 0)
         seen[f"timer {number} overrun"] = raw("timer_getoverrun", number)
+    seen["lock of new memory"] = lock_of_new_memory()
     for number, address in enumerate(PLACED):
         seen[f"mapping {number} policy"] = mempolicy(address)
     seen["membarrier"] = raw("membarrier", MEMBARRIER_REGISTRATIONS, 0, 0)
@@ -156,6 +160,22 @@ def picture_of_process() -> dict[str, object]:
         # Registered or not shows in what the call does.
         seen[f"membarrier {command}"] = raw("membarrier", command, 0, 0)
     return seen
+
+
+def lock_of_new_memory() -> str:
+    """What mlockall(2) has said of new mappings: shown by their flags."""
+    start = libc.syscall(libc.NR_mmap, 0, 1 << 12, 3, 0x22, -1, 0)
+    try:
+        with open("/proc/self/smaps", encoding="ascii", errors="replace") as file:
+            lines = iter(file.read().splitlines())
+        for line in lines:
+            low, _, rest = line.partition("-")
+            if " " in rest and int(low, 16) <= start < int(rest.partition(" ")[0], 16):
+                break
+        flags = next(line for line in lines if line.startswith("VmFlags:"))
+        return " ".join(flag for flag in flags.split() if flag in ("lo", "lf"))
+    finally:
+        libc.syscall(libc.NR_munmap, start, 1 << 12)
 
 
 def umask() -> int:
@@ -193,7 +213,7 @@ def unusual_process(unusual: Unusual) -> None:
     for name, soft, hard in (
         ("RLIMIT_NOFILE", 700, 900), ("RLIMIT_CORE", 4096, 8192), ("RLIMIT_STACK", 4 << 20, 64 << 20),
         ("RLIMIT_NICE", 3, 5), ("RLIMIT_RTPRIO", 2, 7), ("RLIMIT_MSGQUEUE", 1000, 2000),
-        ("RLIMIT_MEMLOCK", 1 << 20, 2 << 20), ("RLIMIT_FSIZE", 1 << 40, 1 << 41), ("RLIMIT_SIGPENDING", 300, 400),
+        ("RLIMIT_MEMLOCK", 64 << 20, 128 << 20), ("RLIMIT_FSIZE", 1 << 40, 1 << 41), ("RLIMIT_SIGPENDING", 300, 400),
         ("RLIMIT_CPU", 3000, 4000), ("RLIMIT_DATA", 1 << 33, 1 << 34), ("RLIMIT_NPROC", 500, 600),
         ("RLIMIT_AS", 1 << 36, 1 << 37), ("RLIMIT_RTTIME", 10**9, 10**9),
     ):  # fmt: skip
@@ -225,6 +245,8 @@ def unusual_process(unusual: Unusual) -> None:
     for offset, advice in ((4, 16), (5, 18), (6, 10), (7, 15), (8, 1), (9, 12)):
         libc.syscall(libc.NR_madvise, memory + (offset << 12), 1 << 12, advice)
     libc.syscall(149, memory + (10 << 12), 1 << 12)  # mlock
+    # Whatever is mapped from now on is locked as it is touched; a probe tells.
+    unusual.call("mlockall", 2 | 4, what="mlockall")
     # Memory policies of mappings: interleave, bind with MPOL_F_STATIC_NODES, prefer, local; the last has none.
     placed = libc.syscall(libc.NR_mmap, 0, 5 << 12, 3, 0x22, -1, 0)
     node = ctypes.c_uint64(1)
@@ -256,7 +278,7 @@ def _write(path: str, text: str) -> None:
 
 def unusual_thread(unusual: Unusual, number: int) -> None:
     """Things of one thread, apart from credentials; ``number`` makes them differ."""
-    unusual.call("prctl", 15, f"exact {number} (x) \\n".encode() + b"\0", 0, 0, 0, what="name")
+    unusual.call("prctl", 15, b"e%d \xff) (x\n\\\x01\xe2" % number + b"\0", 0, 0, 0, what="name")
     # UNAME26 would change what uname says. ADDR_NO_RANDOMIZE | STICKY_TIMEOUTS; MMAP_PAGE_ZERO
     unusual.call("personality", (0x0040000 | 0x4000000, 0x0100000, 0)[number % 3])
     mask = ctypes.c_uint64((1 << (signal.SIGUSR1 - 1)) | (1 << (40 + number)) | 1 << 63)

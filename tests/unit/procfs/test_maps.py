@@ -63,7 +63,8 @@ VmFlags: rd sh mr mw me ms uw
 def test_vm_flags_belong_to_their_mapping() -> None:
     first, second = parse_vm_flags(SMAPS)
     assert (first.start, first.end) == (0x7F0000000000, 0x7F0000002000)
-    assert first.flags == {"rd", "wr", "mr", "mw", "me", "ac", "sd"}
+    # A protection key has a line of its own.
+    assert first.flags == {"rd", "wr", "mr", "mw", "me", "ac", "sd", "pkey"}
     assert "uw" in second.flags
 
 

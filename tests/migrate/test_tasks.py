@@ -43,3 +43,9 @@ def test_shared_memory_is_one_memory(source: Host, destination: Host, tmp_path: 
     workload = start_workload(source, tmp_path, "sharedmem", "STATUS", data)
     migrate(workload, destination, tmp_path, send=["--verify", "--bandwidth-limit=50M"])
     workload.assert_healthy(destination, count=60)
+
+
+def test_vector_registers_keep_their_values(source: Host, destination: Host, tmp_path: Path) -> None:
+    workload = start_workload(source, tmp_path, "vectors", "STATUS")
+    migrate(workload, destination, tmp_path, send=["--max-rounds=1"])
+    workload.assert_healthy(destination, count=3)

@@ -48,7 +48,10 @@ def dump_locks(job: DumpJob, desc: Description) -> tuple[FileLock, ...]:
     for lock in fdinfo.locks(desc.fdinfo):
         kind = _KINDS.get(lock.kind)
         if kind is None:
-            job.refuse(desc, "file lock", f"{desc.link} has a lock of type {lock.kind}")
+            job.refuse(
+                desc, "file lock", f"{desc.link} has a lock of type {lock.kind}",
+                "have the process give up the lease (fcntl F_SETLEASE)",
+            )  # fmt: skip
             continue
         length = 0 if lock.end < 0 else lock.end - lock.start + 1
         exclusive = lock.access == "WRITE"

@@ -118,10 +118,12 @@ def _difference(item: Item[RegularFile], written: frozenset[str]) -> str:
         return os.strerror(err.errno or 0)
     if stat.S_IFMT(found.st_mode) != stat.S_IFMT(body.mode):
         return "another type of file stands there"
-    if body.pseudo or item.file.flags & O_PATH or not stat.S_ISREG(body.mode):
+    if body.pseudo or item.file.flags & O_PATH:
         return ""
     if stat.S_IMODE(found.st_mode) != stat.S_IMODE(body.mode):
         return f"its mode is {stat.S_IMODE(found.st_mode):o}, not {stat.S_IMODE(body.mode):o}"
+    if not stat.S_ISREG(body.mode):
+        return ""
     if body.path not in written:
         if found.st_size != body.size:
             return f"its size is {found.st_size}, not {body.size}"

@@ -17,6 +17,7 @@ import pytest
 from agent.errors import RefusedError, RestoreError
 from agent.state.files import preflight_files
 from tests.kernel.files_support import Options, body_of, file_of, live_child, restored
+from tests.kernel.support import skip_unless_root
 
 
 def test_offset_flags_and_sharing_of_regular_files(tmp_path: Path) -> None:
@@ -335,8 +336,7 @@ def test_a_file_on_a_mount_that_only_the_process_sees(tmp_path: Path) -> None:
 
 
 def test_files_of_a_process_that_has_changed_its_root(tmp_path: Path) -> None:
-    if os.geteuid():
-        pytest.skip("chroot needs root")
+    skip_unless_root()
     jail = tmp_path / "jail"
     jail.mkdir()
     # Short: the name of a unix socket has only 108 bytes, and this one is bound before the change.
@@ -394,3 +394,48 @@ def test_files_of_a_process_that_has_changed_its_root(tmp_path: Path) -> None:
     found = {obstacle.detail.partition(":")[0] for obstacle in preflight_files(state, Options())}
     assert {str(jail / "after"), str(jail / "run"), "/run/late"} <= found
     shutil.rmtree(outside)
+
+
+def test_a_file_that_differs_on_the_destination_is_named(tmp_path: Path) -> None:
+    for name in ("read", "written", "log"):
+        (tmp_path / name).write_bytes(b"0123456789")
+    (tmp_path / "folder").mkdir(mode=0o755)
+    code = """
+    os.dup2(os.open("read", os.O_RDONLY), 50); os.dup2(os.open("written", os.O_RDWR), 51)
+    os.dup2(os.open("log", os.O_WRONLY | os.O_APPEND), 52); os.dup2(os.open("folder", os.O_RDONLY), 53)
+    os.dup2(os.open("folder", os.O_PATH), 54)
+    ready()
+    """
+    with live_child(tmp_path, code) as child:
+        state = child.dump()
+
+    def problems() -> dict[str, str]:
+        found = [obstacle.detail.partition(": ") for obstacle in preflight_files(state, Options())]
+        if found:
+            with pytest.raises(RestoreError) as error, restored(state):
+                pass
+            assert any(f"{path}: {problem}" in str(error.value) for path, _, problem in found)
+        return {Path(path).name: problem for path, _, problem in found}
+
+    assert problems() == {}
+    before = (tmp_path / "read").stat()
+    # What is only read must be the very same; what is written may have grown, and a log may have been cut.
+    (tmp_path / "written").write_bytes(b"0123456789 and more")
+    (tmp_path / "log").write_bytes(b"")
+    assert problems() == {}
+    os.utime(tmp_path / "read", ns=(0, before.st_mtime_ns + 2 * 10**9))
+    assert problems()["read"].startswith("it was modified at")
+    (tmp_path / "read").write_bytes(b"012345678")
+    assert problems() == {"read": "its size is 9, not 10"}
+    (tmp_path / "read").write_bytes(b"0123456789")
+    os.utime(tmp_path / "read", ns=(0, before.st_mtime_ns))
+    (tmp_path / "written").write_bytes(b"012")
+    assert problems() == {"written": "its size is 3, smaller than 10"}
+    (tmp_path / "written").write_bytes(b"0123456789")
+    (tmp_path / "log").chmod(0o600)
+    (tmp_path / "folder").chmod(0o700)
+    assert problems() == {"log": "its mode is 600, not 644", "folder": "its mode is 700, not 755"}
+    (tmp_path / "log").unlink()
+    (tmp_path / "folder").rmdir()
+    (tmp_path / "folder").touch()
+    assert set(problems()) == {"log", "folder"}

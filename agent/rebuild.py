@@ -398,6 +398,7 @@ class Rebuild:
         last = Batch()
         last.call(nr.NR_prctl, PR_SET_PDEATHSIG, 0, name="prctl(PR_SET_PDEATHSIG)")
         restore.thread_calls(last, leader, elapsed_ns=elapsed_ns)
+        self._restorer.last_calls(last)
         last.call(nr.NR_close, self.skeleton.agent_pidfd, name="close")
         with self._step("leader"):
             self.injector.run(last)

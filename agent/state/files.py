@@ -44,6 +44,7 @@ from agent.state.openfile import (
     read_owner,
 )
 from agent.state.registry import FILE_KINDS, kind_of
+from agent.state.unixrestore import listen_calls
 from agent.target.batch import Batch
 from agent.types import Obstacle
 from protocol import codec
@@ -351,6 +352,10 @@ class FileRestorer:
             if start is not None:
                 start(self._job, items)
         self._close_copies()
+
+    def last_calls(self, batch: Batch) -> None:
+        """Add the calls that the process must make with its own credentials, in the batch that sets them."""
+        listen_calls(self._items.get("unix", ()), batch)
 
     def close(self) -> None:
         """Close the agent's copies. Safe to call twice.

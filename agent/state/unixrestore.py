@@ -4,7 +4,8 @@ An accepted connection has the name of its listener, which nobody can bind a sec
 made as it came about: a listener stands under the name (the process's own, or one for that moment),
 one end connects, the other is accepted. Order: names and listeners, connections, options, queues,
 shutdown, and last the removal of nodes that no longer existed. Credentials of the peer
-(SO_PEERCRED) and of queued messages are the agent's.
+(SO_PEERCRED) and of queued messages are the agent's; but those that a listening socket shows to whoever
+connects are of the last listen(2), so that the process itself listens once more.
 """
 
 from __future__ import annotations
@@ -15,14 +16,19 @@ import os
 import socket
 import stat
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 from agent.errors import RestoreError
+from agent.kernel import syscalls as nr
 from agent.kernel.namespaces import unshare
 from agent.state.openfile import Item, PreflightJob, RestoreJob, set_status_flags
 from agent.state.sockopts import SO_SNDBUF, apply_options, set_buffer
 from protocol.state.unixsk import UnixMessage, UnixName, UnixPeer, UnixSocket
+
+if TYPE_CHECKING:
+    from agent.target.batch import Batch
 
 CLONE_FS = 0x200
 FILL_BUFFER = 16 << 20
@@ -123,6 +129,24 @@ def restore_unix(job: RestoreJob, items: Sequence[UnixItem]) -> None:
             fd = builder.socks.pop(item.id).detach()
             job.put(item, fd)
             set_status_flags(fd, item.file.flags)
+
+
+def install_unix(job: RestoreJob, items: Sequence[UnixItem], batch: Batch) -> None:
+    """Have the process listen again where it did so with the ids that it still has from the agent."""
+    for item in items:
+        if item.body.listener == (os.geteuid(), os.getegid()):
+            _listen_call(batch, item)
+
+
+def listen_calls(items: Iterable[UnixItem], batch: Batch) -> None:
+    """Add the calls that have the process listen again where that needs its own ids; it has them by then."""
+    for item in items:
+        if item.body.listener not in (None, (os.geteuid(), os.getegid())):
+            _listen_call(batch, item)
+
+
+def _listen_call(batch: Batch, item: UnixItem) -> None:
+    batch.call(nr.NR_listen, item.fds[0], item.body.backlog, name=f"listen({item})")
 
 
 class _Builder:

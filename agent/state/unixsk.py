@@ -29,12 +29,18 @@ from agent.state.openfile import Description, DumpJob, FileKind
 from agent.state.paths import reach
 from agent.state.sockopts import SO_PEEK_OFF, dump_options, has_filter
 from agent.state.unixdiag import UnixInfo, query
-from agent.state.unixrestore import preflight_unix, read_boot_id, restore_unix
+from agent.state.unixrestore import (
+    install_unix,
+    preflight_unix,
+    read_boot_id,
+    restore_unix,
+)
 from protocol.state.unixsk import UnixMessage, UnixName, UnixPeer, UnixSocket
 
 MAX_DATAGRAM = 1 << 20
 """Bytes to read at once; larger than any datagram that a default send buffer takes."""
 SCM_PIDFD = 4
+_UCRED = struct.Struct("=iII")
 SCM_MAX_FD = 253
 ANCILLARY_SPACE = (
     socket.CMSG_SPACE(12) + socket.CMSG_SPACE(4 * SCM_MAX_FD) + socket.CMSG_SPACE(4) + 512
@@ -89,6 +95,7 @@ def dump_unix(job: DumpJob, desc: Description) -> UnixSocket | None:
             options=dump_options(sock),
             name=name,
             backlog=info.limit if info.listening else -1,
+            listener=_listener(job, sock) if info.listening else None,
             peer=peer,
             peer_id=peer_id,
             peer_name=peer_name,
@@ -96,6 +103,12 @@ def dump_unix(job: DumpJob, desc: Description) -> UnixSocket | None:
             shutdown=info.shutdown & 3,
             queue=tuple(queue),
         )
+
+
+def _listener(job: DumpJob, sock: socket.socket) -> tuple[int, int] | None:
+    # What whoever connects is told with SO_PEERCRED: it is as of listen(2).
+    pid, uid, gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    return (uid, gid) if pid == job.ctx.pid else None
 
 
 def _show(name: bytes) -> str:
@@ -287,4 +300,6 @@ def _identify(job: DumpJob, fd: int) -> int:
     raise _InFlight
 
 
-KIND = FileKind(name="unix", dump=dump_unix, restore=restore_unix, preflight=preflight_unix)
+KIND = FileKind(
+    name="unix", dump=dump_unix, restore=restore_unix, preflight=preflight_unix, install=install_unix
+)

@@ -68,6 +68,7 @@ class UnixSocket:
     """One socket; ``queue`` is what it has received and not read.
 
     ``backlog`` is -1 unless it listens. ``peer_root`` is for ``peer_name`` what UnixName.root is for a name.
+    ``listener`` are the user and group ids with which the process itself called listen(2), None for another process.
     """
 
     type: int
@@ -78,6 +79,7 @@ class UnixSocket:
     peer_id: int = 0
     peer_name: bytes = b""
     peer_root: str = ""
+    listener: tuple[int, int] | None = None
     shutdown: int = 0
     queue: tuple[UnixMessage, ...] = ()
 

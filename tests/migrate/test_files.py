@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,24 @@ def test_whole_zoo_is_carried_there_and_back(source: Host, destination: Host, tm
     migrate(workload, source, tmp_path)
     still.unlink()
     workload.assert_healthy(source, count=TURNS)
+
+
+def test_clients_of_a_unix_socket_are_told_who_listens(
+    source: Host, destination: Host, tmp_path: Path
+) -> None:
+    # Nobody may look into the directories of pytest.
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o777)
+        zoo, status = Path(directory), Path(directory, "zoo.status")
+        nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable]
+        if source.run([*nobody, "-c", "import tests.workloads.fdzoo"], check=False).returncode:
+            pytest.skip("this clone, or this Python, cannot be read by other users")
+        argv: list[str | Path] = [*nobody, "-m", "tests.workloads.fdzoo", zoo, status, "--only", "unix_listener"]
+        (zoo / "still").touch()
+        workload = start_program(source, tmp_path, argv, status=status)
+        migrate(workload, destination, tmp_path)
+        (zoo / "still").unlink()
+        workload.assert_healthy(destination, count=3)
 
 
 def start_jailed_zoo(source: Host, directory: Path, jail: Path) -> tuple[Workload, Path]:

@@ -318,6 +318,9 @@ def unix_listeners(directory: Path) -> Check:
         for address in (str(directory / "listener"), b"\0ferry-zoo-%d" % os.getpid()):
             with socket.socket(socket.AF_UNIX) as client:
                 client.connect(address)
+                told = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+                expected = (os.getpid(), os.geteuid(), os.getegid())
+                assert struct.unpack("iII", told) == expected, "somebody else listens"
                 server, _ = (listener if isinstance(address, str) else abstract).accept()
                 with server:
                     server.send(b"hello")

@@ -331,6 +331,7 @@ class Rebuild:
             reserved_fds=frozenset({self.skeleton.agent_pidfd}),
             shared_fd=self._object_fd,
         )
+        self._files_ns = files.clock_monotonic_ns
         self._restorer = FileRestorer(context)
         self._cleanup.callback(self._restorer.close)
         with self._step("open files"):
@@ -391,8 +392,9 @@ class Rebuild:
         if others:
             with self._step("threads"):
                 self.injector.run_parallel(others)
-        elapsed_ns = self._elapsed_ns(restore)
-        self._restorer.start(elapsed_ns=elapsed_ns)
+        elapsed_ns = self._elapsed_ns(restore.state.process.clock_monotonic_ns)
+        # The files were read a little later than the task.
+        self._restorer.start(elapsed_ns=self._elapsed_ns(self._files_ns))
         for object_id, state in self._objects.items():
             finish_shared(self._object_fds[object_id], state)
         last = Batch()
@@ -406,12 +408,12 @@ class Rebuild:
             restore.write_files()
             self.notes += restore.notes
 
-    def _elapsed_ns(self, restore: TaskRestore) -> int:
-        """How long the process has been frozen, on its own clock."""
+    def _elapsed_ns(self, since_ns: int) -> int:
+        """How long ago the process's own clock showed ``since_ns``."""
         if self.recorded:
             return 0  # Time stands still in an image.
         now_ns = time.clock_gettime_ns(time.CLOCK_MONOTONIC) + self._ahead.monotonic_ns
-        return max(0, now_ns - restore.state.process.clock_monotonic_ns)
+        return max(0, now_ns - since_ns)
 
     def _finish_threads(self, restore: TaskRestore) -> None:
         restore.finish_ptrace(self.tracer, self.injector, self._host_tids)

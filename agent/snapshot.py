@@ -6,7 +6,6 @@ procfs and a few ptrace requests. Nothing here changes the target.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable, Iterator
 
@@ -19,9 +18,9 @@ from agent.procfs.process import (
     read_comm,
     read_cwd,
     read_root,
-    read_timens_offsets,
 )
 from agent.procfs.status import Status, read_task_status
+from agent.state.clocks import clock_shift
 from agent.state.creds import creds_of
 from agent.state.files import dump_files
 from agent.state.mempolicy import plan_policies
@@ -53,7 +52,7 @@ def _plan(target: Target) -> PlanState:
     pid = target.pid
     limits = read_limits(pid)
     unlimited = (RLIM_INFINITY, RLIM_INFINITY)
-    shift = _clock_shift(pid)
+    shift = clock_shift(pid)
     threads = list(_running_threads(pid))
     nodes = target.policy_nodes
     return PlanState(
@@ -67,8 +66,8 @@ def _plan(target: Target) -> PlanState:
         creds=creds_of(threads[0], 0),
         name=read_comm(pid, pid).decode("utf-8", "replace"),
         highest_fd=max(list_fds(pid), default=-1),
-        monotonic_ns=time.clock_gettime_ns(time.CLOCK_MONOTONIC) + shift["monotonic"],
-        boottime_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME) + shift["boottime"],
+        monotonic_ns=time.clock_gettime_ns(time.CLOCK_MONOTONIC) + shift.monotonic_ns,
+        boottime_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME) + shift.boottime_ns,
         realtime_ns=time.clock_gettime_ns(time.CLOCK_REALTIME),
         limits=LimitsState(
             limits=tuple(
@@ -82,11 +81,11 @@ def _plan(target: Target) -> PlanState:
 
 def send_pre_dump(link: Link, target: Target) -> None:
     """Send what the destination may make ahead, as the running target has it now."""
-    shift = _clock_shift(target.pid)
+    shift = clock_shift(target.pid)
     state = PreDumpState(
         tids=tuple(thread.ns_pid[-1] for thread in _running_threads(target.pid)),
-        monotonic_ns=time.clock_gettime_ns(time.CLOCK_MONOTONIC) + shift["monotonic"],
-        boottime_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME) + shift["boottime"],
+        monotonic_ns=time.clock_gettime_ns(time.CLOCK_MONOTONIC) + shift.monotonic_ns,
+        boottime_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME) + shift.boottime_ns,
     )
     link.send(encode_section("pre_dump", target.ns_pid, state))
 
@@ -99,12 +98,6 @@ def _running_threads(pid: int) -> Iterator[Status]:
         except ProcessLookupError:
             if tid == pid:
                 raise
-
-
-def _clock_shift(pid: int) -> dict[str, int]:
-    """How far the target's clocks are ahead of the agent's, in ns, by time namespaces."""
-    theirs, ours = read_timens_offsets(pid), read_timens_offsets(os.getpid())
-    return {name: theirs.get(name, 0) - ours.get(name, 0) for name in ("monotonic", "boottime")}
 
 
 def send_task(link: Link, target: Target, tracer: Tracer, threads: list[TracedThread]) -> int:

@@ -54,6 +54,15 @@ def read_clocks() -> Clocks:
     )
 
 
+def clock_shift(pid: int) -> Clocks:
+    """Return how far the clocks of a process here are ahead of the agent's, by time namespaces."""
+    try:
+        theirs, ours = read_timens_offsets(pid), read_timens_offsets(os.getpid())
+    except FileNotFoundError:
+        return Clocks(0, 0)  # kernel without time namespaces
+    return Clocks(*(theirs.get(name, 0) - ours.get(name, 0) for name in ("monotonic", "boottime")))
+
+
 def ahead_at_restore(state: ProcessState, earlier: Clocks, *, recorded: bool) -> Clocks:
     """Return how far the process's clocks must be ahead of the agent's from now on.
 

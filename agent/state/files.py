@@ -19,6 +19,7 @@ import itertools
 import os
 import resource
 import struct
+import time
 from collections.abc import Iterable, Sequence
 from functools import cmp_to_key
 from typing import Any
@@ -28,6 +29,7 @@ from agent.kernel import syscalls as nr
 from agent.kernel.kcmp import kcmp_file
 from agent.procfs.fdinfo import FdInfo, parse_fdinfo
 from agent.state import filelock
+from agent.state.clocks import clock_shift
 from agent.state.context import DumpContext, RestoreContext, RestoreOptions
 from agent.state.openfile import (
     F_SETOWN_EX,
@@ -81,6 +83,8 @@ def dump_files(ctx: DumpContext, *, content: bool = True) -> FilesState:
 
 def _examine(ctx: DumpContext, *, content: bool) -> tuple[DumpJob, FilesState | None]:
     entries, descriptions = read_table(ctx)
+    # Not before: a timer that is read earlier than the clock ends late by so much, and not early.
+    clock_ns = time.clock_gettime_ns(time.CLOCK_MONOTONIC) + clock_shift(ctx.pid).monotonic_ns
     job = DumpJob(ctx, descriptions, content)
     ctx.drop_fetched()
     try:
@@ -89,7 +93,7 @@ def _examine(ctx: DumpContext, *, content: bool) -> tuple[DumpJob, FilesState | 
         ctx.drop_fetched()
     if job.obstacles:
         return job, None
-    return job, FilesState(fds=tuple(entries), files=tuple(files))
+    return job, FilesState(fds=tuple(entries), files=tuple(files), clock_monotonic_ns=clock_ns)
 
 
 def read_table(ctx: DumpContext) -> tuple[list[FdEntry], list[Description]]:
@@ -343,7 +347,7 @@ class FileRestorer:
     def start(self, *, elapsed_ns: int = 0) -> None:
         """Do what must come last (timers are armed), and let go of the agent's copies.
 
-        ``elapsed_ns``: how long the process has been frozen, by its own clock; timers run
+        ``elapsed_ns``: how long ago the table was dumped, by the process's own clock; timers run
         meanwhile.
         """
         self._job.elapsed_ns = elapsed_ns

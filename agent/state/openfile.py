@@ -260,7 +260,7 @@ class RestoreJob:
     replaced: list[tuple[str, str]] = field(default_factory=list)
     """Path nodes of the source's that were renamed to make room: (path, where it is now)."""
     elapsed_ns: int = 0
-    """How long the process was frozen, by its own clock."""
+    """How long ago the table was dumped, by the process's own clock."""
 
     def put(self, item: Item[Any], fd: int) -> None:
         """Hand over the agent's descriptor of ``item``."""

@@ -112,10 +112,14 @@ class OpenFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FilesState:
-    """The whole table: entries sorted by number, each description named by at least one of them."""
+    """The whole table: entries sorted by number, each description named by at least one of them.
+
+    ``clock_monotonic_ns`` is what the process's own clock showed when the timerfds were read.
+    """
 
     fds: tuple[FdEntry, ...]
     files: tuple[OpenFile, ...]
+    clock_monotonic_ns: int = 0
 
     def __post_init__(self) -> None:
         ids = {file.id for file in self.files}

@@ -208,6 +208,8 @@ def _unmovable(entry: MapsEntry, flags: frozenset[str]) -> str:
         return "protection keys are not carried yet"
     if "io" in flags or "pf" in flags:
         return "device memory cannot be moved"
+    if "sf" in flags:
+        return "synchronous page faults (MAP_SYNC) are not carried yet"
     if path.startswith(("anon_inode:", "/anon_inode:")) or path == "[aio]" or "/[aio]" in path:
         return "memory shared with the kernel (io_uring, aio, perf) is not carried yet"
     if path in ("[uprobes]", "[vectors]") or path.startswith("[vm"):

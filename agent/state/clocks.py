@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from agent.errors import RestoreError
 from agent.kernel import syscalls as nr
 from agent.kernel.clone import CLONE_NEWTIME
-from agent.kernel.namespaces import unshare
+from agent.kernel.namespaces import setns, unshare
 from agent.procfs.process import read_timens_offsets
 
 if TYPE_CHECKING:
@@ -103,11 +103,17 @@ def make_time_namespace(ahead: Clocks) -> int:
         "boottime": ahead.boottime_ns + own.get("boottime", 0),
     }
     try:
-        unshare(CLONE_NEWTIME)
-        with open("/proc/self/timens_offsets", "w", encoding="ascii") as file:
-            for clock, offset in offsets.items():
-                file.write(f"{clock} {offset // _NS_PER_S} {offset % _NS_PER_S}\n")
-        return os.open("/proc/self/ns/time_for_children", os.O_RDONLY | os.O_CLOEXEC)
+        here = os.open("/proc/self/ns/time", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            unshare(CLONE_NEWTIME)
+            with open("/proc/self/timens_offsets", "w", encoding="ascii") as file:
+                for clock, offset in offsets.items():
+                    file.write(f"{clock} {offset // _NS_PER_S} {offset % _NS_PER_S}\n")
+            return os.open("/proc/self/ns/time_for_children", os.O_RDONLY | os.O_CLOEXEC)
+        finally:
+            # The agent's other children are to be born into its own; and the offsets above read as those for children.
+            setns(here, CLONE_NEWTIME)
+            os.close(here)
     except OSError as err:
         raise RestoreError(
             f"Cannot make a time namespace in which clocks are ahead by {ahead.monotonic_ns / 1e9:.3f} s:"

@@ -87,7 +87,7 @@ PHASES = {
     "agent.source:find_obstacles:before": FAILED,
     SOURCE + "_prepare:before": FAILED,
     "agent.source:create_uffd:before": FAILED,
-    "agent.tracker.scan:ScanTracker.arm:before": FAILED,
+    "agent.tracker.registration:RegisteredMemory.arm:before": FAILED,
     "agent.rounds:RoundSender.send_round:before": FAILED,
     "agent.rounds:RoundSender.send_round:after": FAILED,
     TRACER + "stop_all:before": FAILED,

@@ -26,9 +26,12 @@ DEFAULT_IO_TIMEOUT_S = 60.0
 minute."""
 DEFAULT_REMOTE_COMMAND = "agent-recv"
 
-SUPPORTED_TRACKERS = ("auto", "scan")
-"""The trackers that exist; KNOWN_TRACKERS are those that the command line knows."""
 KNOWN_TRACKERS = ("auto", "scan", "log", "bitmap", "soft-dirty", "compare")
+"""What --tracker takes."""
+DEFAULT_LOG_CAPACITY = 1 << 20
+"""Records that the log tracker holds: stores to 4 GiB of memory in one round."""
+LOG_WHEN_FULL = ("spill", "stall")
+"""What happens when it is full; the first is the default."""
 MAX_STREAMS = 1
 """Page streams that this version can use."""
 
@@ -73,6 +76,8 @@ class SendOptions:
     resolve: str = ""
     leave_running: bool = False
     tracker: str = "auto"
+    log_capacity: int = DEFAULT_LOG_CAPACITY
+    log_when_full: str = LOG_WHEN_FULL[0]
     downtime_limit_s: float = DEFAULT_DOWNTIME_LIMIT_S
     max_rounds: int = DEFAULT_MAX_ROUNDS
     bandwidth_limit: int | None = None

@@ -67,6 +67,7 @@ class CompletedReport:
     downtime_basis: str = ""
     total_s: float
     tracker: str = ""
+    tracker_reason: str = ""
     rounds: Sequence[RoundReport] = ()
     bytes_total: int = 0
     pages_total: int = 0

@@ -43,12 +43,10 @@ from agent.session_store import SessionStore
 from agent.snapshot import send_guards, send_mm, send_plan, send_pre_dump, send_task
 from agent.state.files import dump_files
 from agent.state.inetsk import reset_connections
-from agent.target.inject import Injector
-from agent.target.tracer import TracedThread, Tracer, pick_injection_thread
+from agent.target.tracer import TracedThread, Tracer
 from agent.tracker.base import Tracker
-from agent.tracker.choose import choose_tracker
-from agent.tracker.create import create_uffd
-from agent.tracker.scan import ScanTracker
+from agent.tracker.choose import Choice, choose_tracker
+from agent.tracker.create import create_tracker
 from agent.types import Obstacle
 from agent.version import SOFTWARE
 from agent.warmup import urgent, warm_up
@@ -136,6 +134,7 @@ class _Migration:
         self.target = target
         self.session = uuid.uuid4().hex
         self.phase = "setup"
+        self.tracker = Choice(options.tracker, "")
         self.clock = PhaseClock()
         self.reports: list[RoundReport] = []
         self.notes: list[str] = []
@@ -145,7 +144,8 @@ class _Migration:
 
     def run(self) -> None:
         """Go through all phases."""
-        _log.info("Tracker: %s", choose_tracker(self.options.tracker, kernel_features()))
+        self.tracker = choose_tracker(self.options.tracker, kernel_features())
+        _log.info("Tracker: %s (%s)", *self.tracker)
         with self._phase("connect"):
             channel = net.connect(
                 self.address,
@@ -228,11 +228,13 @@ class _Migration:
         """Watch the target's memory for as long as the body runs; only one thread is stopped, once."""
         with self._phase("arm"):
             restart_hints.load(self.options.state_dir, self.target.pid)
-            with Tracer(self.target.pid) as tracer:
-                thread = tracer.stop(pick_injection_thread(self.target.pid))
-                with Injector(tracer) as injector:
-                    uffd = create_uffd(injector, self.target.pidfd, thread)
-            tracker = ScanTracker(self.target.pid, uffd)
+            tracker = create_tracker(
+                self.tracker.name,
+                self.target.pid,
+                self.target.pidfd,
+                log_capacity=self.options.log_capacity,
+                log_when_full=self.options.log_when_full,
+            )
         try:
             tracker.arm()
             yield tracker
@@ -453,6 +455,7 @@ class _Migration:
             downtime_basis=basis,
             total_s=self.clock.elapsed_s,
             tracker=tracker.name,
+            tracker_reason=self.tracker.reason,
             rounds=self.reports,
             bytes_total=link.channel.bytes_sent,
             pages_total=sum(report.pages_sent for report in self.reports),

@@ -14,11 +14,12 @@ from agent.cli import options as common
 from agent.options import (
     DEFAULT_DOWNTIME_LIMIT_S,
     DEFAULT_IO_TIMEOUT_S,
+    DEFAULT_LOG_CAPACITY,
     DEFAULT_MAX_ROUNDS,
     DEFAULT_REMOTE_COMMAND,
     KNOWN_TRACKERS,
+    LOG_WHEN_FULL,
     MAX_STREAMS,
-    SUPPORTED_TRACKERS,
     CompressOption,
     SendOptions,
 )
@@ -147,8 +148,23 @@ def _add_memory_options(parser: common.Parser) -> None:
         "--tracker",
         choices=KNOWN_TRACKERS,
         default="auto",
-        help="how writes are noticed (default: auto; supported now: "
-        f"{', '.join(SUPPORTED_TRACKERS)})",
+        help="how writes are noticed (default: auto: the best that the kernel has and that the process need not wait "
+        "for). scan: the kernel marks pages; log, bitmap: the process reports each first store to a page and waits; "
+        "soft-dirty: bits that few kernels have; compare: reads all memory in every round",
+    )
+    group.add_argument(
+        "--log-capacity",
+        metavar="N",
+        type=common.whole_number(1, 1 << 26),
+        default=None,
+        help=f"--tracker log: records that it holds (default: {DEFAULT_LOG_CAPACITY})",
+    )
+    group.add_argument(
+        "--log-when-full",
+        choices=LOG_WHEN_FULL,
+        default=None,
+        help="--tracker log: when it is full, go on in a bitmap until the round is over, or have the process wait "
+        f"(default: {LOG_WHEN_FULL[0]})",
     )
     group.add_argument(
         "--downtime-limit",
@@ -222,8 +238,8 @@ def parse_options(argv: Sequence[str]) -> tuple[SendOptions, argparse.Namespace]
     """
     args = build_parser().parse_intermixed_args(list(argv))
     common.refuse_unsupported(args, UNSUPPORTED)
-    if args.tracker not in SUPPORTED_TRACKERS:
-        common.refuse(f"--tracker {args.tracker} is not supported yet")
+    if args.tracker != "log" and (args.log_capacity or args.log_when_full):
+        common.refuse("--log-capacity and --log-when-full mean something with --tracker log only")
     if args.streams > MAX_STREAMS:
         common.refuse(f"--streams {args.streams} is not supported yet")
     pid, address = _parse_positionals(args)
@@ -245,6 +261,8 @@ def parse_options(argv: Sequence[str]) -> tuple[SendOptions, argparse.Namespace]
             resolve=args.resolve or "",
             leave_running=args.leave_running,
             tracker=args.tracker,
+            log_capacity=args.log_capacity or DEFAULT_LOG_CAPACITY,
+            log_when_full=args.log_when_full or LOG_WHEN_FULL[0],
             downtime_limit_s=args.downtime_limit / 1000,
             max_rounds=args.max_rounds,
             bandwidth_limit=args.bandwidth_limit,

@@ -49,3 +49,9 @@ def _IOWR(magic: int | str, nr: int, struct: type[ctypes.Structure]) -> int:
 def ioctl(fd: int, request: int, address: int, what: str, *facts: object) -> int:
     """Call ioctl(2) with the address of an argument; ``what`` and ``facts`` name the call if it fails."""
     return check(_ioctl(fd, request, address), what, *facts)
+
+
+def raw_ioctl(fd: int, request: int, address: int) -> int:
+    """Call ioctl(2) where a failure is ordinary and time matters; ``ctypes.get_errno()`` says why it is negative."""
+    result: int = _ioctl(fd, request, address)
+    return result

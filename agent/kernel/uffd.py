@@ -11,7 +11,7 @@ import ctypes
 from ctypes import addressof, c_int64, c_uint64
 from typing import Final
 
-from agent.kernel.ioctl import _IOR, _IOWR, ioctl
+from agent.kernel.ioctl import _IO, _IOR, _IOWR, ioctl
 from agent.kernel.libc import syscall
 from agent.kernel.syscalls import NR_userfaultfd
 
@@ -60,6 +60,15 @@ UFFD_FEATURES_SCAN: Final = (
     | UFFD_FEATURE_WP_ASYNC
 )
 """What tracking by PAGEMAP_SCAN asks for."""
+UFFD_FEATURES_LOG: Final = (
+    UFFD_FEATURE_PAGEFAULT_FLAG_WP
+    | UFFD_FEATURE_WP_HUGETLBFS_SHMEM
+    | UFFD_FEATURE_EVENT_FORK
+    | UFFD_FEATURE_EVENT_REMAP
+    | UFFD_FEATURE_EVENT_REMOVE
+    | UFFD_FEATURE_EVENT_UNMAP
+)
+"""What tracking by a log asks for. Without WP_UNPOPULATED: anonymous memory that is not populated gets no markers."""
 
 
 class uffdio_api(ctypes.Structure):
@@ -111,6 +120,9 @@ UFFDIO_UNREGISTER: Final = _IOR(0xAA, 0x01, uffdio_range)
 UFFDIO_WAKE: Final = _IOR(0xAA, 0x02, uffdio_range)
 UFFDIO_WRITEPROTECT: Final = _IOWR(0xAA, 0x06, uffdio_writeprotect)
 UFFDIO_ZEROPAGE: Final = _IOWR(0xAA, 0x04, uffdio_zeropage)
+USERFAULTFD_IOC_NEW: Final = _IO(0xAA, 0x00)
+"""Of /dev/userfaultfd; the argument is the flags themselves. Since Linux kernel commit 2d5de004e009 ("userfaultfd: add
+/dev/userfaultfd for fine grained access control") (in v6.1)."""
 
 
 def userfaultfd(flags: int) -> int:

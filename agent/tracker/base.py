@@ -31,7 +31,7 @@ class SharedKey(NamedTuple):
 
 @dataclass(slots=True)
 class TrackerStats:
-    """What one collect() cost. Seconds and counts."""
+    """What one collect() cost and met. Seconds and counts; from `nr_records` on for trackers that read events."""
 
     seconds: float = 0.0
     nr_scans: int = 0
@@ -39,6 +39,13 @@ class TrackerStats:
     nr_vmas: int = 0
     nr_registered: int = 0
     maps_changed: bool = False
+    nr_records: int = 0
+    nr_forks: int = 0
+    nr_stalls: int = 0
+    stall_s: float = 0.0
+    nr_spills: int = 0
+    pages_unlogged: int = 0
+    """Changes that only the final round's look at page tables told."""
 
 
 @dataclass(slots=True)

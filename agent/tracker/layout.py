@@ -68,11 +68,17 @@ class Layout:
     object_mappings: list[tuple[MapsEntry, SharedKey]]  # also read-only (refused) and private ones
     shared: RangeSet
     watched: list[MapsEntry]  # all that should be registered
+    wanted: RangeSet  # where they are
     spans: list[tuple[int, int, list[MapsEntry]]]  # runs of watched VMAs with nothing else between them
     rooms: list[tuple[int, int]]  # for each span, the address space around it up to what is not watched
 
 
-def classify(entries: list[MapsEntry], excluded: Container[MapsEntry]) -> Layout:
+def classify(
+    entries: list[MapsEntry],
+    excluded: Container[MapsEntry],
+    *,
+    watch_private_files: bool = True,
+) -> Layout:
     """Sort `entries`; those in `excluded` could not be registered and are left alone."""
     anonymous: list[tuple[int, int]] = []
     private_file: list[tuple[int, int]] = []
@@ -91,7 +97,7 @@ def classify(entries: list[MapsEntry], excluded: Container[MapsEntry]) -> Layout
         if entry.path in _SPECIAL or entry in excluded:
             wanted = False
         elif private:
-            wanted = True
+            wanted = watch_private_files or not entry.inode
             (private_file if entry.inode else anonymous).append((entry.start, entry.end))
         else:
             wanted = of_object
@@ -119,6 +125,7 @@ def classify(entries: list[MapsEntry], excluded: Container[MapsEntry]) -> Layout
         shared=RangeSet.of((entry.start, entry.end) for entry, _ in shared_mappings),
         object_mappings=object_mappings,
         watched=watched,
+        wanted=RangeSet.of((entry.start, entry.end) for entry in watched),
         spans=spans,
         rooms=rooms,
     )

@@ -38,6 +38,9 @@ class RegisteredMemory(ABC):
     Takes over `uffd_fd` (UFFDIO_API done, see create.py) and closes it in disarm().
     """
 
+    watches_private_files = True
+    """Whether private mappings of files are registered; a synchronous userfaultfd refuses them."""
+
     def __init__(self, pid: int, uffd_fd: int) -> None:
         self.pid = pid
         self._uffd = uffd_fd
@@ -79,9 +82,12 @@ class RegisteredMemory(ABC):
                 uffd.unregister(self._uffd, start, end - start)
             except OSError:
                 self._unregister_each(span[2])
+        self._close_uffd()
+        self._procmap.close()
+
+    def _close_uffd(self) -> None:
         os.close(self._uffd)
         self._uffd = -1
-        self._procmap.close()
 
     def _unregister_each(self, entries: list[MapsEntry]) -> None:
         for entry in entries:
@@ -126,8 +132,10 @@ class RegisteredMemory(ABC):
         return text
 
     def _relayout(self) -> None:
-        self._layout = classify(self._maps, self._excluded)
-        self._wanted = self._layout.private.union(self._layout.shared)
+        self._layout = classify(
+            self._maps, self._excluded, watch_private_files=self.watches_private_files
+        )
+        self._wanted = self._layout.wanted
         self._stats.nr_vmas = len(self._layout.watched)
 
     def _distrust_changed(self) -> None:

@@ -86,7 +86,7 @@ def no_records(directory: Path) -> None:
 PHASES = {
     "agent.source:find_obstacles:before": FAILED,
     SOURCE + "_prepare:before": FAILED,
-    "agent.source:create_uffd:before": FAILED,
+    "agent.source:create_tracker:before": FAILED,
     "agent.tracker.registration:RegisteredMemory.arm:before": FAILED,
     "agent.rounds:RoundSender.send_round:before": FAILED,
     "agent.rounds:RoundSender.send_round:after": FAILED,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.hosts import Host, wait_until
 from tests.migrate.crossing import Workload, migrate, start_program, start_workload
 from tests.prerequisites import require_program
@@ -20,8 +22,9 @@ def start_server(host: Host, directory: Path, name: str, argv: list[str], port: 
     return workload
 
 
+@pytest.mark.parametrize("tracker", ["auto", "log", "bitmap"])
 def test_redis_moves_under_load_without_losing_a_write(
-    source: Host, destination: Host, tmp_path: Path
+    source: Host, destination: Host, tmp_path: Path, tracker: str
 ) -> None:
     program = require_program("redis-server", "redis-server")
     options = ["--port", str(REDIS_PORT), "--save", "", "--dir", str(tmp_path), "--bind", "0.0.0.0"]
@@ -38,7 +41,7 @@ def test_redis_moves_under_load_without_losing_a_write(
         f"{destination.addresses[0]}:{REDIS_PORT}",
     )
     before = client.last()
-    migrate(server, destination, tmp_path, send=["--tcp-close", "--verify"])
+    migrate(server, destination, tmp_path, send=["--tcp-close", "--verify", f"--tracker={tracker}"])
     wait_until(lambda: client.last().get("reconnected", 0) >= 1, "the client to reconnect")
     after = client.wait_for_notes(10)
     assert after["acknowledged"] > before["acknowledged"]

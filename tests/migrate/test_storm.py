@@ -20,6 +20,21 @@ def test_every_page_survives_the_storm(
     workload.assert_healthy(destination, count=30)
 
 
+@pytest.mark.parametrize(
+    ("tracker", "options"),
+    [("log", ["--bandwidth-limit=100M", "--log-capacity=5000"]), ("bitmap", [])],
+)
+def test_every_page_survives_the_storm_under_another_tracker(
+    source: Host, destination: Host, tmp_path: Path, tracker: str, options: list[str]
+) -> None:
+    workload = start_workload(source, tmp_path, "storm", 4, "STATUS")
+    run = migrate(
+        workload, destination, tmp_path, send=["--verify", f"--tracker={tracker}", *options]
+    )
+    assert run.completed["tracker"] == tracker
+    workload.assert_healthy(destination)
+
+
 def test_calm_writes_and_drops_survive(source: Host, destination: Host, tmp_path: Path) -> None:
     workload = start_workload(source, tmp_path, "storm", 9, "STATUS", "--calm", "--pause=0.0002")
     migrate(workload, destination, tmp_path, send=["--verify"])

@@ -84,7 +84,8 @@ def parse_send(*words: str) -> SendOptions:
 
 def test_every_send_option_arrives() -> None:
     options = parse_send(
-        *("--tracker", "scan", "--downtime-limit", "20.5", "--max-rounds", "0", "4121"),
+        *("--tracker", "log", "--log-capacity", "4096", "--log-when-full", "stall"),
+        *("--downtime-limit", "20.5", "--max-rounds", "0", "4121"),
         *("--bandwidth-limit", "10M", "--compress", "zstd:3", "--streams", "1", "--verify"),
         *("--tcp-close", "--file-locks", "--external", "fd[3]", "--external", "fd[5]"),
         *("--remote-command", "sudo agent-recv", "--connect-timeout", "3", "--io-timeout", "7"),
@@ -92,7 +93,7 @@ def test_every_send_option_arrives() -> None:
     )
     assert options.pid == 4121
     assert str(options.address) == "ssh://root@h"
-    assert options.tracker == "scan"
+    assert (options.tracker, options.log_capacity, options.log_when_full) == ("log", 4096, "stall")
     assert options.downtime_limit_s == pytest.approx(0.0205)
     assert options.max_rounds == 0
     assert options.bandwidth_limit == 10 << 20
@@ -137,7 +138,8 @@ def test_modes_need_fewer_arguments() -> None:
         ("--resolve 00000000000000000000000000000000 file:x", "Nobody can be asked"),
         ("--check --leave-running 5", "not allowed with"),
         ("--leave-running 5 tcp://h:1", "two running copies"),
-        ("--tracker log 5 tcp://h:1", "--tracker log is not supported yet"),
+        ("--log-capacity 5 5 tcp://h:1", "with --tracker log only"),
+        ("--tracker log --log-capacity 0 5 tcp://h:1", "not between"),
         ("--tracker magic 5 tcp://h:1", "invalid choice"),
         ("--streams 4 5 tcp://h:1", "--streams 4 is not supported yet"),
         ("--streams 0 5 tcp://h:1", "not between"),

@@ -10,10 +10,13 @@ from __future__ import annotations
 import errno
 import os
 import struct
+from array import array
+from ctypes import c_char_p, c_void_p, cast
 from types import TracebackType
 from typing import final
 
 from agent.errors import TargetGone
+from agent.kernel import process_vm
 
 
 @final
@@ -66,13 +69,32 @@ class TargetMemory:
         """
         view = memoryview(data).cast("B")
         while view:
-            done = os.pwrite(self.fd, view, vaddr)
+            done = self._write_some(vaddr, view)
             if not done:
                 raise OSError(errno.EIO, f"write to process {self.pid} at {vaddr:#x}: no memory")
             vaddr += done
             view = view[done:]
 
+    def _write_some(self, vaddr: int, view: memoryview) -> int:
+        try:
+            return os.pwrite(self.fd, view, vaddr)
+        except OSError as err:
+            # A page that a synchronous userfaultfd protects: this call does not wait for its reader, the other does.
+            if err.errno != errno.EIO:
+                raise
+            content = bytes(view)
+            try:
+                return process_vm.writev(
+                    self.pid, _address_of(content), len(content), array("Q", (vaddr, len(content))), 0, 1
+                )
+            except OSError:
+                raise err from None
+
     def read_u64(self, vaddr: int) -> int:
         """Return the unsigned 64-bit number at ``vaddr``."""
         value: int = struct.unpack("<Q", self.read(vaddr, 8))[0]
         return value
+
+
+def _address_of(content: bytes) -> int:
+    return cast(c_char_p(content), c_void_p).value or 0

@@ -219,11 +219,12 @@ class _Server:
         while True:
             room = BATCH if self._spilling else min(BATCH, self._log.room - len(self._refused))
             if room <= 0:
+                if self._stall:
+                    self._note_stall(both)
                 if not self._stall or self._is_being_stopped():
                     self._spilling = True
                     continue
                 ready = link_only.poll(STALL_LOOK_MS)
-                self._note_stall(both)
             else:
                 ready = both.poll(RETRY_MS if self._refused else None)
             self._end_stall(room)

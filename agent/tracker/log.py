@@ -46,10 +46,12 @@ import contextlib
 import errno
 import logging
 from array import array
+from ctypes import addressof
 
 from agent.errors import DumpError, TargetGone
 from agent.kernel import uffd
 from agent.kernel.futex import get_robust_list
+from agent.kernel.ioctl import raw_ioctl
 from agent.kernel.pagemap import (
     PAGE_IS_FILE,
     PAGE_IS_GUARD,
@@ -120,8 +122,9 @@ class LogTracker(BookedTracker):
         self, pages: RangeSet, absent: RangeSet, stored: dict[SharedKey, RangeSet], *, final: bool
     ) -> bool:
         self._take_log()
-        self._refresh()
+        # From here on, maps not yet read: what a record names now may have happened after anything seen below.
         self._named = RangeSet()
+        self._refresh()
         layout = self._layout
         distrusted = self._fresh.union(self._suspect)
         self._fresh, self._suspect = RangeSet(), RangeSet()
@@ -166,16 +169,16 @@ class LogTracker(BookedTracker):
         dirty = all_regions(self._populated(near, 0)).subtract(self._clean)
         pages.update(dirty)
         absent.update(open_ranges.subtract(dirty))
-        # Between neighbours there are clean pages, which are protected already, and unpopulated ones, which stay so.
+        # What is not populated between neighbours stays so. Clean pages are left alone: if one is not protected, that
+        # is how the final round knows that it changed without a record.
         around = RangeSet.of(windows(dirty)).intersect(near).subtract(spared)
-        protected, settled = self._protect_all(around)
+        protected, settled = self._protect_all(around.subtract(self._clean))
         return dirty.intersect(protected), settled
 
     def _shared(self, stored: dict[SharedKey, RangeSet]) -> tuple[RangeSet, bool]:
         # Step 4.
         dirty = self._layout.shared.subtract(self._clean)
-        around = RangeSet.of(windows(dirty)).intersect(self._layout.shared)
-        protected, settled = self._protect_all(around)
+        protected, settled = self._protect_all(dirty)
         self._add_stored(dirty, stored)
         return dirty.intersect(protected), settled
 
@@ -233,17 +236,17 @@ class LogTracker(BookedTracker):
     # Protection
 
     def _protect_all(self, ranges: RangeSet) -> tuple[RangeSet, bool]:
-        done: array[int] = array("Q")
+        pairs = ranges.pairs
+        arg = uffd.uffdio_writeprotect(uffd.uffdio_range(0, 0), uffd.UFFDIO_WRITEPROTECT_MODE_WP)
+        span, address = arg.range, addressof(arg)
         failed = RangeSet()
-        for start, end in ranges:
-            if self._protect(start, end):
-                done.append(start)
-                done.append(end)
-            else:
+        for start, end in zip(pairs[0::2], pairs[1::2]):
+            span.start, span.len = start, end - start
+            if raw_ioctl(self._uffd, uffd.UFFDIO_WRITEPROTECT, address) and not self._protect(start, end):
                 failed.add(start, end)
         if failed:
             self._registered = self._registered.subtract(failed)
-        return RangeSet(done), not failed
+        return ranges.subtract(failed), not failed
 
     def _protect(self, start: int, end: int) -> bool:
         # False: a part of it is not registered.
@@ -267,8 +270,11 @@ class LogTracker(BookedTracker):
     # Registration
 
     def _is_registered(self, vaddr: int) -> bool:
-        # Protecting one page more does no harm: it is populated or not as before, and nothing calls it clean.
+        # Protecting one page more does no harm, as long as it does not count as clean.
         vaddr -= vaddr % PAGE_SIZE
+        page = RangeSet((vaddr, vaddr + PAGE_SIZE))
+        self._clean = self._clean.subtract(page)
+        self._named.update(page)
         return self._protect(vaddr, vaddr + PAGE_SIZE)
 
     def _lift_stale(self, new: RangeSet) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from protocol.framing import HEADER_BYTES, parse_header
 from tests.faults.arena import Arena, Strike, StrikingReceiver, finish
-from tests.hosts import Host, InsideProcess, wait_until
+from tests.hosts import Host, InsideProcess, is_alive, wait_until
 from tests.migrate.crossing import (
     AGENT_RECV,
     AGENT_SEND,
@@ -25,6 +25,8 @@ from tests.migrate.crossing import (
     UNDECIDED,
     Receiver,
     Run,
+    start_agent_send,
+    start_workload,
     state_directory,
     wait_for_event,
 )
@@ -157,6 +159,27 @@ def test_target_exits_execs_or_forks_meanwhile(
     no_records(tmp_path)
     if what == "exec":
         assert (source.proc(victim.inner) / "comm").read_text() == "sleep\n", story
+
+
+@pytest.mark.parametrize("victim_of", ["reader", "agent"])
+def test_target_of_the_log_tracker_outlives_who_it_waits_for(
+    source: Host, destination: Host, tmp_path: Path, victim_of: str
+) -> None:
+    workload = start_workload(source, tmp_path, "selfcheck", "STATUS")
+    receiver = Receiver(destination, tmp_path)
+    options = ["--tracker=log", "--bandwidth-limit=8M"]
+    process, argv = start_agent_send(source, tmp_path, *options, workload.pid, receiver.address)
+    wait_for_event(process, event="phase", phase="rounds")
+    children = Path(f"/proc/{process.outer}/task/{process.outer}/children")
+    wait_until(children.read_text, "the reader")
+    (reader,) = map(int, children.read_text().split())
+    os.kill(reader if victim_of == "reader" else process.outer, signal.SIGKILL)
+    sent = finish(process, argv)
+    assert sent.status == (FAILED if victim_of == "reader" else -signal.SIGKILL), str(sent)
+    assert victim_of == "agent" or "reader of page faults" in sent.outcome["message"], str(sent)
+    assert finish(receiver.process, receiver.argv).status == FAILED
+    workload.assert_healthy(source)
+    wait_until(lambda: not is_alive(reader), "the reader to end")
 
 
 # -- the peer stops ------------------------------------------------------------------------------------------

@@ -270,11 +270,9 @@ class LogTracker(BookedTracker):
     # Registration
 
     def _is_registered(self, vaddr: int) -> bool:
-        # Protecting one page more does no harm, as long as it does not count as clean.
+        # Protecting one page more does no harm, as long as it does not count as clean: this pass looks at it anew.
         vaddr -= vaddr % PAGE_SIZE
-        page = RangeSet((vaddr, vaddr + PAGE_SIZE))
-        self._clean = self._clean.subtract(page)
-        self._named.update(page)
+        self._clean = self._clean.subtract(RangeSet((vaddr, vaddr + PAGE_SIZE)))
         return self._protect(vaddr, vaddr + PAGE_SIZE)
 
     def _lift_stale(self, new: RangeSet) -> None:

@@ -240,6 +240,37 @@ def _lift_next(tracked: TrackedPuppet) -> bool:
     return True
 
 
+def test_pinned_page_is_stored_to_in_spite_of_its_protection() -> None:
+    # process_vm_writev pins all pages, then stores; so does a read with O_DIRECT. No tracker by page tables sees that.
+    with synchronous_puppet() as tracked:
+        base = protected(tracked, 2)
+        content = ctypes.create_string_buffer(b"z" * 2 * PAGE)
+        remote = array("Q", (base, 2 * PAGE))
+        writer = threading.Thread(
+            target=process_vm.writev,
+            args=(tracked.child.pid, ctypes.addressof(content), 2 * PAGE, remote, 0, 1),
+        )
+        writer.start()
+        wait_for(lambda: _lift_next(tracked), "the first page to be reported")
+        found: list[tuple[int, int]] = []
+        wait_for(lambda: _read_some(tracked, found), "the second page to be reported: the first is pinned by now")
+        assert found == [(uffd.UFFD_EVENT_PAGEFAULT, base + PAGE)]
+        tracked.protect(base, 1)
+        assert tracked.child.peek(base) == b"x"
+        uffd.writeprotect(tracked.uffd, base + PAGE, PAGE, False)
+        writer.join()
+        assert tracked.child.peek(base) == b"z"
+        assert tracked.scan(base, 2, **WRITTEN) == [(1, 2, PAGE_IS_WRITTEN)]
+
+
+def _read_some(tracked: TrackedPuppet, found: list[tuple[int, int]]) -> bool:
+    try:
+        found += messages(tracked.uffd, 1)
+    except BlockingIOError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("synchronous", [True, False])
 def test_exiting_thread_cannot_clear_its_tid_word_on_a_protected_page(synchronous: bool) -> None:
     # Why pages of robust lists are never protected by the log tracker.

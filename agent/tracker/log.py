@@ -39,9 +39,9 @@ Not covered: a thread that is made and exits between the look at the threads and
 held by a thread that dies. Asynchronous protection has neither problem; nor does it stop debuggers that write through
 /proc/PID/mem, which fails with EIO on a protected page.
 
-Pinned pages. process_vm_writev(2) and reads with O_DIRECT pin all pages first, with a fault for each, and store later, past
-any protection: a round that protects and sends a page in between misses the store. That is so for every tracker
-by page tables (agent.tracker.scan too); here the time between grows with each fault's wait, above all in a stall.
+Pinned pages. process_vm_writev(2) and reads with O_DIRECT pin all pages first, with a fault for each, and store later,
+past any protection: a round that protects and sends a page in between misses the store. That is so for every tracker by
+page tables (agent.tracker.scan too); here the time between grows with each fault's wait, above all in a stall.
 """
 
 from __future__ import annotations

@@ -37,8 +37,8 @@ range is registered again the page counts as clean, is skipped by PM_SCAN_WP_MAT
 Hence every newly registered range is searched for protected pages first, and their protection is lifted.
 In the final round nothing races, so the answer is exact; a surprise there that repeats is an error.
 
-Known gap: pages that the kernel has pinned (a read with O_DIRECT on its way, process_vm_writev(2)) are stored to past any
-protection; a round that protects and sends such a page between the pin and the store misses the store.
+Known gap: pages that the kernel has pinned (a read with O_DIRECT on its way, process_vm_writev(2)) are stored to past
+any protection; a round that protects and sends such a page between the pin and the store misses the store.
 
 Why no events. A userfaultfd may be asynchronous for stores and still tell of unmaps, moves, drops and forks. It was
 measured: a MADV_DONTNEED of a tracked page then takes 18 us instead of 3 (half of them; the slowest hundredth waits for

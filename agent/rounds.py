@@ -7,20 +7,21 @@ to the destination: shared objects and mappings come before the pages that go in
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 
 from agent.check import Target
 from agent.errors import DumpError, RefusedError
 from agent.link import Link
-from agent.pages.sender import PageCounters, PageSender
+from agent.pages.sender import OnRead, PageCounters, PageSender
 from agent.procfs.maps import MapsEntry, parse_maps, read_maps
 from agent.ranges import RangeSet
 from agent.report import RoundReport
 from agent.spaces import PROCESS_SPACE
 from agent.state.mempolicy import Policy, has_several_nodes
 from agent.state.shmem import content_to_send, dump_shared, mapped_size
-from agent.tracker.base import DirtySet, SharedKey, Tracker
+from agent.tracker.base import DirtySet, SharedKey, Tracker, Witness
 from agent.tracker.layout import is_shared_object, shared_key
 from protocol.messages import RoundPlaced
 from protocol.state import encode_section
@@ -42,6 +43,7 @@ class RoundSender:
         self._link = link
         self._target = target
         self._tracker = tracker
+        self._witness = tracker if isinstance(tracker, Witness) else None
         self._sender = sender
         self._on_progress = on_progress
         self._described: dict[int, SharedObject] = {}
@@ -115,7 +117,7 @@ class RoundSender:
         expected = dirty.pages.nr_bytes
         self._on_progress(number, 0, expected)
         counters = self._sender.send_process_pages(
-            PROCESS_SPACE, self._target.pid, dirty.pages, final=final
+            PROCESS_SPACE, self._target.pid, dirty.pages, final=final, on_read=self._witnessed(None)
         )
         self._tracker.forget(counters.gone)
         pages_dirty = dirty.pages.nr_pages
@@ -186,5 +188,12 @@ class RoundSender:
         pages, absent = content_to_send(fd, ranges)
         if absent:
             self._sender.send_absent(object_id, absent)
-        sent: PageCounters = self._sender.send_file_pages(object_id, fd, pages)
+            if self._witness is not None:
+                self._witness.dropped(key, absent)
+        sent: PageCounters = self._sender.send_file_pages(
+            object_id, fd, pages, on_read=self._witnessed(key)
+        )
         return sent.pages_sent
+
+    def _witnessed(self, key: SharedKey | None) -> OnRead | None:
+        return functools.partial(self._witness.delivered, key) if self._witness is not None else None

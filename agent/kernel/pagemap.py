@@ -122,6 +122,10 @@ class PagemapScanner:
         if fd >= 0:
             os.close(fd)
 
+    def is_alive(self) -> bool:
+        """Say whether the address space is still somebody's: False once the process exited or called exec."""
+        return bool(os.pread(self.fd, 8, 8))
+
     def scan(
         self,
         start: int,

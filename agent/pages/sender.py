@@ -33,6 +33,9 @@ CHUNK_BYTES = 512 << 10
 
 _UNREADABLE = (errno.EFAULT, errno.EIO)
 
+OnRead = Callable[["array[int]", memoryview], object]
+"""Sees each chunk that is about to be sent: flat ranges, and their content one after another."""
+
 
 @dataclass(slots=True)
 class PageCounters:
@@ -192,7 +195,13 @@ class PageSender:
         self._reader.close()
 
     def send_process_pages(
-        self, space_id: int, pid: int, pages: RangeSet, *, final: bool = False
+        self,
+        space_id: int,
+        pid: int,
+        pages: RangeSet,
+        *,
+        final: bool = False,
+        on_read: OnRead | None = None,
     ) -> PageCounters:
         """Send pages of process `pid`.
 
@@ -203,6 +212,7 @@ class PageSender:
         zeros = RangeSet()
         for pairs in Stream(pages.pairs).chunks(CHUNK_BYTES):
             got = self._reader.read_process(pid, pairs, counters.gone)
+            self._show(on_read, got)
             self._send_chunk(space_id, got, zeros, counters)
         if final and counters.gone:
             raise DumpError(
@@ -211,12 +221,15 @@ class PageSender:
         self._send_bare(space_id, PageEncoding.ZERO, zeros, counters)
         return counters
 
-    def send_file_pages(self, space_id: int, fd: int, pages: RangeSet) -> PageCounters:
+    def send_file_pages(
+        self, space_id: int, fd: int, pages: RangeSet, *, on_read: OnRead | None = None
+    ) -> PageCounters:
         """Send pages of the object `fd`. Those beyond its end are left out and reported as gone."""
         counters = PageCounters()
         zeros = RangeSet()
         for pairs in Stream(pages.pairs).chunks(CHUNK_BYTES):
             got = self._reader.read_file(fd, pairs, counters.gone)
+            self._show(on_read, got)
             self._send_chunk(space_id, got, zeros, counters)
         self._send_bare(space_id, PageEncoding.ZERO, zeros, counters)
         return counters
@@ -245,6 +258,10 @@ class PageSender:
         return counters
 
     # Sending
+
+    def _show(self, on_read: OnRead | None, got: array[int]) -> None:
+        if on_read is not None and got:
+            on_read(got, self._reader.view[: sum(got[1::2]) - sum(got[0::2])])
 
     def _send_chunk(
         self, space_id: int, pairs: array[int], zeros: RangeSet, counters: PageCounters

@@ -12,8 +12,9 @@ the same round, or give up the migration.
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 from agent.procfs.maps import MapsEntry
 from agent.ranges import RangeSet
@@ -92,3 +93,14 @@ class Tracker(Protocol):
 
     def disarm(self) -> None:
         """Leave the target as if never watched. Idempotent; a target that is gone is no error."""
+
+
+@runtime_checkable
+class Witness(Protocol):
+    """What a tracker that compares contents needs besides: to see what was delivered, as it was delivered."""
+
+    def delivered(self, key: SharedKey | None, pairs: array[int], content: memoryview) -> None:
+        """The ranges `pairs`, of the process or of object `key`, were read as `content`, and that is sent."""
+
+    def dropped(self, key: SharedKey, absent: RangeSet) -> None:
+        """The destination is told to drop what it holds of the object's `absent` ranges."""

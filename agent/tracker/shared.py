@@ -202,9 +202,15 @@ class SharedWatch:
                     keys.add(self._by_watch[watch])
         return keys
 
+    def current(self, mapped: Collection[tuple[MapsEntry, SharedKey]]) -> list[SharedKey]:
+        """Return the objects there are: mapped, or said to be open since the last look. Forgets the others."""
+        self.find(mapped)
+        self._drop_unused({key for _, key in mapped})
+        return list(self._objects)
+
     def changed(
         self,
-        mapped: Iterable[tuple[MapsEntry, SharedKey]],
+        mapped: Collection[tuple[MapsEntry, SharedKey]],
         *,
         stored: set[SharedKey],
         remapped: set[SharedKey],
@@ -213,11 +219,10 @@ class SharedWatch:
 
         `stored`: objects with written pages in a mapping. `remapped`: objects with a newly registered mapping.
         """
-        self.find(mapped)
         places: dict[SharedKey, set[tuple[int, int, int]]] = {}
         for entry, key in mapped:
             places.setdefault(key, set()).add((entry.start, entry.end, entry.offset))
-        self._drop_unused(places.keys())
+        self.current(mapped)
         result = self._notified() | remapped
         doubtful: set[SharedKey] = set()
         for key, known in self._objects.items():

@@ -70,6 +70,11 @@ class Replica:
     def round(self, *, final: bool) -> DirtySet:
         """Have the tracker look, and take what it found, as agent.rounds does."""
         dirty = self.tracker.collect(final=final)
+        self.take_round(dirty, final=final)
+        return dirty
+
+    def take_round(self, dirty: DirtySet, *, final: bool) -> None:
+        """Take what was found."""
         assert not dirty.pages.intersect(dirty.absent), "both dirty and absent"
         self.sender.send_absent(PROCESS, dirty.absent)
         counters = self.sender.send_process_pages(
@@ -86,7 +91,6 @@ class Replica:
             if self.witness:
                 self.witness.dropped(key, absent)
             self.sender.send_file_pages(space, fd, data, on_read=self.on_read(key))
-        return dirty
 
     def on_read(self, key: SharedKey | None) -> OnRead | None:
         return functools.partial(self.witness.delivered, key) if self.witness else None

@@ -1,0 +1,206 @@
+"""Deliberately broken trackers, one fault each: what the conformance suite must find.
+
+`FAULTS` break what any tracker answers; `TRACKER_FAULTS` break one tracker inside. A fault is something that takes a
+working tracker and returns the broken one.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+from agent.kernel.pagemap import PM_SCAN_CHECK_WPASYNC, PagemapScanner
+from agent.ranges import RangeSet
+from agent.tracker.base import DirtySet, SharedKey, Tracker, Witness
+from agent.tracker.compare import CompareTracker
+from agent.tracker.layout import classify
+from agent.tracker.scan import ScanTracker
+from agent.tracker.shared import SharedWatch
+from agent.tracker.softdirty import SoftDirtyTracker
+
+Fault = Callable[[Any], Tracker]
+
+
+class Edited:
+    """A tracker whose answers are tampered with by `edit`, from the second round on."""
+
+    def __init__(self, tracker: Tracker, edit: Callable[[DirtySet], None]) -> None:
+        self._tracker = tracker
+        self._edit = edit
+        self._rounds = 0
+
+    @property
+    def name(self) -> str:
+        return self._tracker.name
+
+    @property
+    def shared_watch(self) -> SharedWatch:
+        return self._tracker.shared_watch
+
+    def arm(self) -> None:
+        self._tracker.arm()
+
+    def collect(self, *, final: bool) -> DirtySet:
+        dirty = self._tracker.collect(final=final)
+        self._rounds += 1
+        if self._rounds > 1:
+            self._edit(dirty)
+        return dirty
+
+    def forget(self, ranges: RangeSet) -> None:
+        self._tracker.forget(ranges)
+
+    def disarm(self) -> None:
+        self._tracker.disarm()
+
+
+class EditedWitness(Edited):
+    """The same for one that wants to see what is delivered."""
+
+    def delivered(self, key: SharedKey | None, pairs: array[int], content: memoryview) -> None:
+        assert isinstance(self._tracker, Witness)
+        self._tracker.delivered(key, pairs, content)
+
+    def dropped(self, key: SharedKey, absent: RangeSet) -> None:
+        assert isinstance(self._tracker, Witness)
+        self._tracker.dropped(key, absent)
+
+
+def _edited(edit: Callable[[DirtySet], None]) -> Fault:
+    def fault(tracker: Tracker) -> Tracker:
+        return (EditedWitness if isinstance(tracker, Witness) else Edited)(tracker, edit)
+
+    return fault
+
+
+def _without_first(ranges: RangeSet) -> RangeSet:
+    return RangeSet(ranges.pairs[2:])
+
+
+def _lose_absent(dirty: DirtySet) -> None:
+    dirty.absent = _without_first(dirty.absent)
+
+
+def _lose_unmapped(dirty: DirtySet) -> None:
+    dirty.absent = dirty.absent.intersect(classify(dirty.maps, ()).private)
+
+
+def _lose_dirty(dirty: DirtySet) -> None:
+    # In running rounds an exact tracker would find it again in the next one, and so it should.
+    dirty.pages = _without_first(dirty.pages)
+
+
+def _lose_guard(dirty: DirtySet) -> None:
+    dirty.guards = _without_first(dirty.guards)
+
+
+def _lose_objects(dirty: DirtySet) -> None:
+    dirty.shared = {}
+
+
+FAULTS: dict[str, Fault] = {
+    "loses an absent record": _edited(_lose_absent),
+    "loses what is unmapped": _edited(_lose_unmapped),
+    "loses a dirty range": _edited(_lose_dirty),
+    "loses a guard page": _edited(_lose_guard),
+    "loses shared objects": _edited(_lose_objects),
+}
+
+
+def _patched(**replacements: Any) -> Fault:
+    # Replaces methods of this one object.
+    def fault(tracker: Any) -> Tracker:
+        for name, replacement in replacements.items():
+            setattr(tracker, name, replacement)
+        return tracker  # type: ignore[no-any-return]
+
+    return fault
+
+
+class _Unchecked(PagemapScanner):
+    # Untracked memory yields nothing instead of an error.
+    def scan(self, start: int, end: int, *, flags: int = 0, **masks: int) -> array[int]:  # type: ignore[override]
+        return super().scan(start, end, flags=flags & ~PM_SCAN_CHECK_WPASYNC, **masks)
+
+
+def _unregistered(tracker: ScanTracker) -> Tracker:
+    tracker._scanner.close()
+    tracker._scanner = _Unchecked(tracker.pid)
+    return tracker
+
+
+def _no_suspects(tracker: ScanTracker) -> Tracker:
+    whole_pass = tracker._pass
+
+    def broken(*args: Any) -> bool:
+        tracker._suspect = RangeSet()
+        return whole_pass(*args)
+
+    return _patched(_pass=broken)(tracker)
+
+
+def _blind_to_descriptors(tracker: Tracker) -> Tracker:
+    watch: Any = tracker.shared_watch
+    watch._stamp_changed = lambda known: False
+    watch._notified = lambda: set()
+    return tracker
+
+
+def _remaps_unnoticed(tracker: ScanTracker) -> Tracker:
+    changed = tracker.shared_watch.changed
+    seen: set[SharedKey] = set()
+
+    def broken(mapped: Any, *, stored: set[SharedKey], remapped: set[SharedKey]) -> set[SharedKey]:
+        for known in tracker.shared_watch._objects.values():
+            if known.seen:
+                known.mappings = frozenset((e.start, e.end, e.offset) for e, k in mapped if
+                                           tracker.shared_watch._objects.get(k) is known)
+        result = changed(mapped, stored=stored, remapped=remapped & (remapped - seen))
+        seen.update(result)
+        return result
+
+    tracker.shared_watch.changed = broken  # type: ignore[method-assign]
+    return tracker
+
+
+def _loses_holes(tracker: CompareTracker) -> Tracker:
+    look = tracker._objects._look
+
+    def broken(book: Any, fd: int) -> tuple[RangeSet, RangeSet]:
+        differing, _ = look(book, fd)
+        return differing, book.held
+
+    return _patched(_look=broken)(tracker._objects) and tracker
+
+
+def _zero_page_is_clean(tracker: SoftDirtyTracker) -> Tracker:
+    read = tracker._source.read
+
+    def exclusive(start: int, end: int) -> bytes:
+        entries = array("Q", read(start, end))
+        return array("Q", [entry | 1 << 56 if entry >> 63 else entry for entry in entries]).tobytes()
+
+    tracker._source.read = exclusive  # type: ignore[method-assign]
+    return tracker
+
+
+TRACKER_FAULTS: dict[str, dict[str, Fault]] = {
+    "scan": {
+        "takes untracked memory for clean": _unregistered,
+        "leaves stale protection": _patched(_lift_stale=lambda new: None),
+        "does not check copied file pages": _patched(_check_copied=lambda held, pages, absent: None),
+        "does not scan lost reports again": _no_suspects,
+        "is blind to writes by descriptor": _blind_to_descriptors,
+        "ignores what was not delivered": _patched(forget=lambda ranges: None),
+    },
+    "compare": {
+        "keeps what was dropped for known": lambda tracker: _patched(drop=lambda ranges: None)(tracker._book) and tracker,
+        "loses holes of objects": _loses_holes,
+    },
+    "soft-dirty": {
+        "takes the zero page for clean": _zero_page_is_clean,
+        "does not stop the target": _patched(_pause=lambda pid: nullcontext()),
+    },
+}

@@ -40,7 +40,6 @@ class BookedTracker(RegisteredMemory):
 
     def __init__(self, pid: int, uffd_fd: int) -> None:
         super().__init__(pid, uffd_fd)
-        self._scanner = PagemapScanner(pid)
         self._knows_guards = _knows_guards(self._scanner)
         self._shared_watch = SharedWatch(pid)
         self._suspect = RangeSet()  # a report was lost
@@ -68,7 +67,6 @@ class BookedTracker(RegisteredMemory):
 
     def disarm(self) -> None:
         super().disarm()
-        self._scanner.close()
         self._shared_watch.close()
 
     def collect(self, *, final: bool) -> DirtySet:

@@ -18,6 +18,7 @@ from bisect import bisect_left, bisect_right
 
 from agent.errors import DumpError, RefusedError, TargetGone
 from agent.kernel import uffd
+from agent.kernel.pagemap import PagemapScanner
 from agent.kernel.procmap import ProcmapQuery
 from agent.procfs.maps import MapsEntry, parse_maps, read_maps
 from agent.procfs.smaps import read_vm_flags
@@ -44,6 +45,7 @@ class RegisteredMemory(ABC):
     def __init__(self, pid: int, uffd_fd: int) -> None:
         self.pid = pid
         self._uffd = uffd_fd
+        self._scanner = PagemapScanner(pid)
         self._procmap = ProcmapQuery(pid)
         self._maps_text = b""
         self._maps: list[MapsEntry] = []
@@ -83,6 +85,7 @@ class RegisteredMemory(ABC):
             except OSError:
                 self._unregister_each(span[2])
         self._close_uffd()
+        self._scanner.close()
         self._procmap.close()
 
     def _close_uffd(self) -> None:
@@ -113,7 +116,6 @@ class RegisteredMemory(ABC):
                 present = set(self._maps)
                 self._excluded = {e: why for e, why in self._excluded.items() if e in present}
                 self._relayout()
-            self._registered = self._registered.intersect(self._wanted)
             if self._registered == self._wanted:
                 return
             self._distrust_changed()
@@ -136,6 +138,8 @@ class RegisteredMemory(ABC):
             self._maps, self._excluded, watch_private_files=self.watches_private_files
         )
         self._wanted = self._layout.wanted
+        # What is looked at no more must be registered anew once it is again: its protection says nothing then.
+        self._registered = self._registered.intersect(self._wanted)
         self._stats.nr_vmas = len(self._layout.watched)
 
     def _distrust_changed(self) -> None:
@@ -229,8 +233,8 @@ class RegisteredMemory(ABC):
         return None
 
     def _refused(self, entry: MapsEntry, err: OSError) -> None:
-        if err.errno == errno.ENOMEM:
-            self._read_maps()  # raises when the address space is gone; else a shortage of the moment
+        if err.errno == errno.ENOMEM and not self._scanner.is_alive():  # else a shortage of the moment
+            raise TargetGone("The target exited or called exec", pid=self.pid) from err
         if err.errno == errno.EBUSY:
             where = f"{entry.start:#x}-{entry.end:#x}"
             raise RefusedError(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import errno
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from agent.errors import RefusedError
-from tests.tracker.target import Target
+from agent.tracker.scan import ScanTracker
+from tests.tracker.target import BASE, Target
 from tests.tracker.trackers import TRACKERS
 
 
@@ -18,18 +20,60 @@ def target() -> Iterator[Target]:
     made.close()
 
 
-def test_stores_show_after_a_move_merged_with_a_tracked_neighbour(target: Target) -> None:
-    # The merge takes the registration of the neighbour and leaves its protection bits: see agent/tracker/scan.py.
-    target.run("ctypes.memset(B, 7, 16 * P); away = libc.mmap(None, 8 * P, 0, 0x22, -1, 0)")
+def in_next_round(target: Target, method: str, action: Callable[[ScanTracker], object]) -> None:
+    """Do something right after the tracker's next call of `method`: what a race does now and then."""
+    tracker = target.tracker
+    assert isinstance(tracker, ScanTracker)
+    original = getattr(tracker, method)
+
+    def once(*args: object, **named: object) -> object:
+        setattr(tracker, method, original)
+        result = original(*args, **named)
+        action(tracker)
+        return result
+
+    setattr(tracker, method, once)
+
+
+def test_mapping_that_grew_over_a_shared_one_during_the_look(target: Target) -> None:
+    # It stays registered, so the scan for the object's pages meets, reports and protects those of the other mapping.
+    target.run("libc.mmap(B + 64 * P, 8 * P, 3, 0x31, -1, 0); ctypes.memset(B, 1, 72 * P)")
     target.tracker.arm()
     target.round()
-    target.run("libc.mremap(B + 8 * P, 8 * P, 8 * P, 3, away)")
+    target.run("ctypes.memset(B + 64 * P, 2, 8 * P)")
+    grow = "libc.munmap(B + 64 * P, 8 * P); libc.mremap(B, 64 * P, 72 * P, 0, None); ctypes.memset(B + 64 * P, 3, 8 * P)"
+    in_next_round(target, "_refresh", lambda tracker: target.run(grow))
     target.round()
-    target.run("libc.mremap(away, 8 * P, 8 * P, 3, B + 8 * P)")
-    target.run("ctypes.memset(B, 8, 16 * P)")  # without a registration: writable now, and still marked as protected
     target.round()
-    target.run("ctypes.memset(B + P, 9, 3 * P)")
-    assert target.round() == [1, 2, 3]
+    target.check()
+
+
+def test_mapping_refused_for_a_moment_after_it_was_looked_at(target: Target) -> None:
+    target.run("ctypes.memset(B, 1, 16 * P)")
+    target.tracker.arm()
+    target.round()
+    target.run("ctypes.memset(B, 2, 16 * P)")
+
+    def refuse(tracker: ScanTracker) -> None:
+        (entry,) = [entry for entry in tracker._maps if entry.start == BASE]
+        tracker._excluded[entry] = errno.EINVAL
+        tracker._relayout()
+
+    in_next_round(target, "_pass", refuse)
+    target.round()
+    target.round()
+    target.check()
+
+
+def test_mapped_over_while_its_window_is_scanned(target: Target) -> None:
+    # The scan fails half way, after it has protected what it found, and its report is lost.
+    target.run("ctypes.memset(B, 1, 16 * P)")
+    target.tracker.arm()
+    target.round()
+    target.run("ctypes.memset(B, 2, 16 * P)")
+    over = "libc.mmap(B + 8 * P, 4 * P, 3, 0x32, -1, 0); ctypes.memset(B + 8 * P, 3, 4 * P)"
+    in_next_round(target, "_written", lambda tracker: target.run(over))
+    target.round()
     target.check()
 
 

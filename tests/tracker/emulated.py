@@ -77,7 +77,9 @@ class EmulatedPagemap(ProcPagemap):
         """See PagemapSource."""
         for entry in parse_maps(read_maps(self.pid)):
             with contextlib.suppress(OSError):  # [vdso] and its kin
-                uffd.register(self._uffd, entry.start, entry.end - entry.start, uffd.UFFDIO_REGISTER_MODE_WP)
+                length = entry.end - entry.start
+                uffd.register(self._uffd, entry.start, length, uffd.UFFDIO_REGISTER_MODE_WP)
+                uffd.writeprotect(self._uffd, entry.start, length, False)  # see "Stale protection" of scan.py
                 self._scanner.scan(
                     entry.start, entry.end, flags=PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC,
                     category_anyof_mask=POPULATED, return_mask=PAGE_IS_PRESENT,

@@ -8,17 +8,17 @@ run again without a tracker and the records are compared).
 from __future__ import annotations
 
 import os
-import signal
 import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from agent.tracker.base import Tracker
 from agent.tracker.layout import classify
+from agent.tracker.softdirty import stopped
 from tests.hosts import REPOSITORY
 from tests.tracker.mutations import ACTIONS, PAGE
 from tests.tracker.replica import Replica
@@ -63,38 +63,18 @@ class Victim:
         """(action, result) of each step, by thread."""
         return [_read_records(self.directory / f"log-{index}") for index in range(NR_THREADS)]
 
-    def wait(self, condition: Callable[[], object], what: str) -> None:
-        """Wait until something comes true."""
-        deadline = time.monotonic() + DEADLINE_S
-        while not condition():
-            assert self.process.poll() is None, f"the victim died before {what}"
-            assert time.monotonic() < deadline, f"waited in vain until {what}: {self.steps()} steps"
-            time.sleep(0.001)
-
-    def stop(self) -> None:
-        stop(self.pid)
-
-
-def stop(pid: int) -> None:
-    """Stop all threads of a process; returns when they are."""
-    os.kill(pid, signal.SIGSTOP)
-    deadline = time.monotonic() + DEADLINE_S
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        while ") T" not in (task / "stat").read_text():
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-
 
 @contextmanager
 def victim(
-    seed: int, directory: Path, mode: str, uffd_flags: int, steps: Sequence[int]
+    seed: int, directory: Path, mode: str, kind: Kind, steps: Sequence[int]
 ) -> Iterator[Victim]:
-    """Start one; it waits for go(). `mode`: tracked or untracked."""
+    """Start one; it waits for go(). `mode`: tracked or untracked, by `kind`."""
+    uffd_flags = kind.uffd_flags if mode == "tracked" else NO_UFFD
     directory = directory / mode
     directory.mkdir()
     program = [sys.executable, "-m", "tests.tracker.victim"]
     with subprocess.Popen(
-        [*program, str(seed), str(directory), mode, str(uffd_flags), *map(str, steps)],
+        [*program, str(seed), str(directory), mode, str(uffd_flags), kind.unfit, *map(str, steps)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -110,14 +90,14 @@ def victim(
 
 def run_seed(kind: Kind, seed: int, directory: Path, *, untracked: bool = True) -> list[str]:
     """Run one seed; returns what was amiss. `untracked`: run it untracked as well and compare."""
-    with victim(seed, directory, "tracked", kind.uffd_flags, [0] * NR_THREADS) as tracked:
+    with victim(seed, directory, "tracked", kind, [0] * NR_THREADS) as tracked:
         tracker = kind.open(tracked.pid, tracked.target_fd)
         try:
             tracked.go()
             wrong = _track(tracked, tracker, exact=kind.exact)
         finally:
             tracker.disarm()
-    return wrong + (_compare_records(seed, directory, tracked) if untracked else [])
+    return wrong + (_compare_records(seed, directory, tracked, kind) if untracked else [])
 
 
 def _track(tracked: Victim, tracker: Tracker, *, exact: bool) -> list[str]:
@@ -126,21 +106,23 @@ def _track(tracked: Victim, tracker: Tracker, *, exact: bool) -> list[str]:
     try:
         done = 0
         while done < ROUNDS or min(tracked.steps()) < STEPS:
+            assert tracked.process.poll() is None, "the victim died"
             replica.round(final=False)
             time.sleep(0.002 * (done % 4))  # not to wait for anything: rounds at different distances
             done += 1
-        before = tracked.steps()
-        tracked.wait(
-            lambda: all(a < b for a, b in zip(before, tracked.steps())), "every thread has got on"
-        )
-        tracked.stop()
-        dirty = replica.round(final=True)
-        wrong = replica.differences(dirty) + _wrong_counts(tracked.pid)
-        again = replica.round(final=True)
-        # Markers in private file mappings are sent by content; read by us, they show as the file's own.
-        idle = classify(again.maps, ()).private_file
-        if exact and (again.pages or again.absent.subtract(idle)):
-            wrong.append(f"a second final round found pages {again.pages} absent {again.absent}")
+        before, deadline = tracked.steps(), time.monotonic() + DEADLINE_S
+        while not all(a < b for a, b in zip(before, tracked.steps())):
+            assert tracked.process.poll() is None, "the victim died"
+            assert time.monotonic() < deadline, f"a thread does not get on: {before}, {tracked.steps()}"
+            replica.round(final=False)  # a log may stall the victim until then
+        with stopped(tracked.pid):
+            dirty = replica.round(final=True)
+            wrong = replica.differences(dirty) + _wrong_counts(tracked.pid)
+            again = replica.round(final=True)
+            # Markers in private file mappings are sent by content; read by us, they show as the file's own.
+            idle = classify(again.maps, ()).private_file
+            if exact and (again.pages or again.absent.subtract(idle)):
+                wrong.append(f"a second final round found pages {again.pages} absent {again.absent}")
         return wrong
     finally:
         replica.close()
@@ -167,9 +149,9 @@ def _read_records(path: Path) -> list[tuple[int, int]]:
     return list(RECORD.iter_unpack(data[: len(data) // RECORD.size * RECORD.size]))
 
 
-def _compare_records(seed: int, directory: Path, tracked: Victim) -> list[str]:
+def _compare_records(seed: int, directory: Path, tracked: Victim, kind: Kind) -> list[str]:
     steps = tracked.steps()
-    with victim(seed, directory, "untracked", NO_UFFD, steps) as untracked:
+    with victim(seed, directory, "untracked", kind, steps) as untracked:
         untracked.go()
         assert untracked.process.stdout is not None
         assert untracked.process.stdout.readline() == "done\n", "the untracked victim died"

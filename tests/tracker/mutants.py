@@ -109,19 +109,19 @@ FAULTS: dict[str, Fault] = {
 }
 
 
-def _patched(**replacements: Any) -> Fault:
+def _patched(**replacements: Any) -> Callable[[Any], Any]:
     # Replaces methods of this one object.
-    def fault(tracker: Any) -> Tracker:
+    def fault(tracker: Any) -> Any:
         for name, replacement in replacements.items():
             setattr(tracker, name, replacement)
-        return tracker  # type: ignore[no-any-return]
+        return tracker
 
     return fault
 
 
 class _Unchecked(PagemapScanner):
     # Untracked memory yields nothing instead of an error.
-    def scan(self, start: int, end: int, *, flags: int = 0, **masks: int) -> array[int]:  # type: ignore[override]
+    def scan(self, start: int, end: int, *, flags: int = 0, **masks: int) -> array[int]:
         return super().scan(start, end, flags=flags & ~PM_SCAN_CHECK_WPASYNC, **masks)
 
 
@@ -132,36 +132,21 @@ def _unregistered(tracker: ScanTracker) -> Tracker:
 
 
 def _no_suspects(tracker: ScanTracker) -> Tracker:
-    whole_pass = tracker._pass
+    take = tracker._take
 
-    def broken(*args: Any) -> bool:
+    def broken(*args: Any, **named: Any) -> Any:
+        result = take(*args, **named)
         tracker._suspect = RangeSet()
-        return whole_pass(*args)
+        return result
 
-    return _patched(_pass=broken)(tracker)
+    tracker._take = broken  # type: ignore[method-assign]
+    return tracker
 
 
 def _blind_to_descriptors(tracker: Tracker) -> Tracker:
     watch: Any = tracker.shared_watch
     watch._stamp_changed = lambda known: False
     watch._notified = lambda: set()
-    return tracker
-
-
-def _remaps_unnoticed(tracker: ScanTracker) -> Tracker:
-    changed = tracker.shared_watch.changed
-    seen: set[SharedKey] = set()
-
-    def broken(mapped: Any, *, stored: set[SharedKey], remapped: set[SharedKey]) -> set[SharedKey]:
-        for known in tracker.shared_watch._objects.values():
-            if known.seen:
-                known.mappings = frozenset((e.start, e.end, e.offset) for e, k in mapped if
-                                           tracker.shared_watch._objects.get(k) is known)
-        result = changed(mapped, stored=stored, remapped=remapped & (remapped - seen))
-        seen.update(result)
-        return result
-
-    tracker.shared_watch.changed = broken  # type: ignore[method-assign]
     return tracker
 
 

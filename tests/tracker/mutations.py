@@ -74,7 +74,9 @@ def ok(result: int) -> int:
 class Mutator:
     """The memory of thread `index`; run() a number of steps, each answers its record."""
 
-    def __init__(self, seed: int, index: int, directory: str, noise: int, *, tracked: bool) -> None:
+    def __init__(
+        self, seed: int, index: int, directory: str, noise: int, *, tracked: bool, unfit: str
+    ) -> None:
         self.tracked = tracked
         self.seams = os.open(f"{directory}/seams", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self.random = random.Random(f"{seed}/{index}")
@@ -105,7 +107,7 @@ class Mutator:
         self.brk_end = 0
         self.brk_pages = 0
         self.actions: list[Callable[[], int]] = [getattr(self, name) for name in ACTIONS]
-        self.weights = [weight for name, weight in ACTIONS.items()]
+        self.weights = [0 if name == unfit else weight for name, weight in ACTIONS.items()]
         if index:
             self.weights[list(ACTIONS).index("brk")] = 0  # the heap is everybody's
 

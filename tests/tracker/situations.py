@@ -94,6 +94,22 @@ for _name in MEMORY:
 
 
 @situation
+def stores_show_after_a_move_merged_with_a_tracked_neighbour(target: Target) -> None:
+    # The merge takes the registration of the neighbour and leaves its protection bits: see agent/tracker/scan.py.
+    target.run("ctypes.memset(B, 7, 16 * P); away = libc.mmap(None, 8 * P, 0, 0x22, -1, 0)")
+    target.tracker.arm()
+    target.round()
+    target.run("libc.mremap(B + 8 * P, 8 * P, 8 * P, 3, away)")
+    target.round()
+    target.run("libc.mremap(away, 8 * P, 8 * P, 3, B + 8 * P)")
+    target.run("ctypes.memset(B, 8, 16 * P)")  # without a registration: writable now, and still marked as protected
+    target.round()
+    target.run("ctypes.memset(B + P, 9, 3 * P)")
+    assert target.round()[:3] == [1, 2, 3]
+    target.check()
+
+
+@situation
 def changed_while_it_was_delivered_and_back(target: Target) -> None:
     # What counts is what was delivered, not what was there when the tracker looked.
     target.run("ctypes.memset(B, 7, 16 * P)")
@@ -115,6 +131,17 @@ def object_punched_while_it_was_delivered_and_back(target: Target) -> None:
     target.run("libc.madvise(a + 2 * P, P, 9)")
     target.replica.take_round(dirty, final=False)
     target.run("os.pwrite(m, b'x' * P, 2 * P)")
+    target.check()
+
+
+@situation
+def dropped_and_later_written_as_it_was(target: Target) -> None:
+    target.run("ctypes.memset(B, 7, 16 * P)")
+    target.tracker.arm()
+    target.round()
+    target.run("libc.madvise(B, 4 * P, 4)")
+    target.round()
+    target.run("ctypes.memset(B, 7, 4 * P)")
     target.check()
 
 

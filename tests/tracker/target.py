@@ -7,7 +7,7 @@ import sys
 
 from agent.ranges import RangeSet
 from agent.tracker.base import DirtySet
-from tests.tracker.harness import stop
+from agent.tracker.softdirty import stopped
 from tests.tracker.replica import Replica
 from tests.tracker.trackers import Kind
 
@@ -70,9 +70,9 @@ class Target:
 
     def check(self) -> DirtySet:
         """Stop it and compare it with what a destination would hold."""
-        stop(self.pid)
-        dirty = self.replica.round(final=True)
-        assert self.replica.differences(dirty) == []
+        with stopped(self.pid):
+            dirty = self.replica.round(final=True)
+            assert self.replica.differences(dirty) == []
         return dirty
 
     def close(self) -> None:

@@ -9,7 +9,8 @@ from typing import NamedTuple
 from agent.kernel.features import kernel_features
 from agent.tracker.base import Tracker
 from agent.tracker.compare import CompareTracker
-from agent.tracker.create import CREATE_FLAGS, adopt_uffd
+from agent.tracker.create import CREATE_FLAGS, FEATURES, adopt_uffd
+from agent.tracker.log import BitmapTracker, LogTracker
 from agent.tracker.scan import ScanTracker
 from agent.tracker.softdirty import SoftDirtyTracker
 from tests.tracker.emulated import EmulatedPagemap
@@ -18,23 +19,30 @@ NO_UFFD = -1
 
 
 class Kind(NamedTuple):
-    """How to make one. `make` gets the pid and the agent's descriptor of the target's userfaultfd."""
+    """How to make one. `make` gets the pid and the agent's descriptor of the target's userfaultfd, -1 if it needs none.
+    """
 
     make: Callable[[int, int], Tracker]
-    uffd_flags: int = CREATE_FLAGS
-    """What the target calls userfaultfd(2) with; NO_UFFD: it needs none."""
-    adopt: Callable[[int, int], int] = adopt_uffd
-    """Fetch it, from a pidfd and the target's descriptor."""
+    uffd_for: str = ""
+    """The tracker whose kind of userfaultfd it takes; "": none."""
     exact: bool = True
     """A second final round finds nothing, since nothing changed."""
 
+    unfit: str = ""
+    """An action that the tracker is known, and documented, not to leave as it was; left out."""
+
+    @property
+    def uffd_flags(self) -> int:
+        """What the target calls userfaultfd(2) with."""
+        return CREATE_FLAGS[self.uffd_for] if self.uffd_for else NO_UFFD
+
     def open(self, pid: int, target_fd: int) -> Tracker:
         """Make the tracker for process `pid`, whose userfaultfd `target_fd` is."""
-        if self.uffd_flags == NO_UFFD:
+        if not self.uffd_for:
             return self.make(pid, -1)
         pidfd = os.pidfd_open(pid)
         try:
-            return self.make(pid, self.adopt(pidfd, target_fd))
+            return self.make(pid, adopt_uffd(pidfd, target_fd, FEATURES[self.uffd_for]))
         finally:
             os.close(pidfd)
 
@@ -51,12 +59,26 @@ def _soft_dirty_emulated(pid: int, uffd: int) -> Tracker:
     return SoftDirtyTracker(pid, source=EmulatedPagemap(pid, uffd))
 
 
+def _stalling_log(pid: int, uffd: int) -> Tracker:
+    return LogTracker(pid, uffd, capacity=500, when_full="stall")
+
+
+def _spilling_log(pid: int, uffd: int) -> Tracker:
+    return LogTracker(pid, uffd, capacity=100, when_full="spill")
+
+
+UNFIT = "store_by_mem"
+"""Under synchronous protection writes through /proc/PID/mem fail with EIO: see agent/tracker/log.py."""
+
 TRACKERS: dict[str, Kind] = {
-    "scan": Kind(ScanTracker),
-    "compare": Kind(_compare, NO_UFFD),
+    "scan": Kind(ScanTracker, "scan"),
+    "log-stall": Kind(_stalling_log, "log", exact=False, unfit=UNFIT),
+    "log-spill": Kind(_spilling_log, "log", exact=False, unfit=UNFIT),
+    "bitmap": Kind(BitmapTracker, "bitmap", exact=False, unfit=UNFIT),
+    "compare": Kind(_compare),
     "soft-dirty": (
-        Kind(_soft_dirty, NO_UFFD, exact=False)
+        Kind(_soft_dirty, exact=False)
         if kernel_features().has_soft_dirty
-        else Kind(_soft_dirty_emulated, exact=False)
+        else Kind(_soft_dirty_emulated, "scan", exact=False)
     ),
 }

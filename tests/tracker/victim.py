@@ -1,8 +1,8 @@
 """A process that changes its memory in every way a tracker must survive; run as a program.
 
-usage: victim.py SEED DIRECTORY tracked|untracked UFFD_FLAGS STEPS...
+usage: victim.py SEED DIRECTORY tracked|untracked UFFD_FLAGS UNFIT STEPS...
 
-Makes a userfaultfd (UFFD_FLAGS -1: none), prints "PID FD", waits for a line on standard input and closes it again: from
+UNFIT is an action to leave out. Makes a userfaultfd (UFFD_FLAGS -1: none), prints "PID FD", waits for a line on standard input and closes it again: from
 then on somebody else may hold it. Then one thread for each of STEPS mutates memory of its own that many steps (0: for
 ever), two threads count up atomically in common memory, and the main thread's stack grows.
 
@@ -57,7 +57,7 @@ def count(index: int) -> None:
 
 def main() -> None:
     warnings.simplefilter("ignore")  # fork() with threads: that is the point
-    seed, directory, mode, flags, *steps = sys.argv[1:]
+    seed, directory, mode, flags, unfit, *steps = sys.argv[1:]
     noise = os.open(f"{directory}/noise", os.O_RDWR | os.O_CREAT)
     os.pwrite(noise, random.Random(int(seed)).randbytes(1 << 18), 0)
     uffd = calls.libc.syscall(323, int(flags)) if int(flags) >= 0 else -1
@@ -66,7 +66,8 @@ def main() -> None:
     calls.sys_mmap(COUNTERS + COUNTER_PAGES * PAGE, COUNTER_PAGES * PAGE, RW, 0x21 | fixed, -1, 0)
     calls.sys_mmap(TALLIES, PAGE, RW, 0x22 | fixed, -1, 0)
     mutators = [
-        Mutator(int(seed), index, directory, noise, tracked=mode == "tracked") for index in range(len(steps))
+        Mutator(int(seed), index, directory, noise, tracked=mode == "tracked", unfit=unfit)
+        for index in range(len(steps))
     ]
     print(os.getpid(), uffd, flush=True)
     sys.stdin.readline()

@@ -1,7 +1,6 @@
 """Deliberately broken trackers, one fault each: what the conformance suite must find.
 
-`FAULTS` break what any tracker answers; `TRACKER_FAULTS` break one tracker inside. A fault is something that takes a
-working tracker and returns the broken one.
+`FAULTS` break what any tracker answers; `TRACKER_FAULTS` break one tracker inside.
 """
 
 from __future__ import annotations
@@ -9,18 +8,28 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from agent.kernel.pagemap import PM_SCAN_CHECK_WPASYNC, PagemapScanner
 from agent.ranges import RangeSet
 from agent.tracker.base import DirtySet, SharedKey, Tracker, Witness
 from agent.tracker.compare import CompareTracker
 from agent.tracker.layout import classify
+from agent.tracker.log import LogTracker
 from agent.tracker.scan import ScanTracker
 from agent.tracker.shared import SharedWatch
 from agent.tracker.softdirty import SoftDirtyTracker
 
-Fault = Callable[[Any], Tracker]
+Breaks = Callable[[Any], Tracker]
+"""Takes a working tracker and returns the broken one."""
+
+
+class Fault(NamedTuple):
+    """What is broken, and the single situation that shows it; "": only seeds do, since it takes a race."""
+
+    breaks: Breaks
+    situation: str = ""
 
 
 class Edited:
@@ -68,11 +77,11 @@ class EditedWitness(Edited):
         self._tracker.dropped(key, absent)
 
 
-def _edited(edit: Callable[[DirtySet], None]) -> Fault:
-    def fault(tracker: Tracker) -> Tracker:
+def _edited(edit: Callable[[DirtySet], None]) -> Breaks:
+    def breaks(tracker: Tracker) -> Tracker:
         return (EditedWitness if isinstance(tracker, Witness) else Edited)(tracker, edit)
 
-    return fault
+    return breaks
 
 
 def _without_first(ranges: RangeSet) -> RangeSet:
@@ -88,7 +97,6 @@ def _lose_unmapped(dirty: DirtySet) -> None:
 
 
 def _lose_dirty(dirty: DirtySet) -> None:
-    # In running rounds an exact tracker would find it again in the next one, and so it should.
     dirty.pages = _without_first(dirty.pages)
 
 
@@ -101,11 +109,11 @@ def _lose_objects(dirty: DirtySet) -> None:
 
 
 FAULTS: dict[str, Fault] = {
-    "loses an absent record": _edited(_lose_absent),
-    "loses what is unmapped": _edited(_lose_unmapped),
-    "loses a dirty range": _edited(_lose_dirty),
-    "loses a guard page": _edited(_lose_guard),
-    "loses shared objects": _edited(_lose_objects),
+    "loses an absent record": Fault(_edited(_lose_absent), "change: dropped"),
+    "loses what is unmapped": Fault(_edited(_lose_unmapped), "change: unmapped"),
+    "loses a dirty range": Fault(_edited(_lose_dirty), "change: zeroed"),
+    "loses a guard page": Fault(_edited(_lose_guard), "change: guards"),
+    "loses shared objects": Fault(_edited(_lose_objects), "store: memfd"),
 }
 
 
@@ -150,6 +158,12 @@ def _blind_to_descriptors(tracker: Tracker) -> Tracker:
     return tracker
 
 
+def _remembers(tracker: CompareTracker) -> Tracker:
+    book: Any = tracker._book
+    book.distrust = lambda ranges: None
+    return tracker
+
+
 def _loses_holes(tracker: CompareTracker) -> Tracker:
     look = tracker._objects._look
 
@@ -157,7 +171,8 @@ def _loses_holes(tracker: CompareTracker) -> Tracker:
         differing, _ = look(book, fd)
         return differing, book.held
 
-    return _patched(_look=broken)(tracker._objects) and tracker
+    tracker._objects._look = broken  # type: ignore[method-assign]
+    return tracker
 
 
 def _zero_page_is_clean(tracker: SoftDirtyTracker) -> Tracker:
@@ -171,21 +186,54 @@ def _zero_page_is_clean(tracker: SoftDirtyTracker) -> Tracker:
     return tracker
 
 
+def _deaf(kind: str) -> Breaks:
+    # The reader's records of one kind are lost.
+    def breaks(tracker: LogTracker) -> Tracker:
+        arm = tracker.arm
+
+        def armed() -> None:
+            arm()
+            reader: Any = tracker._reader
+            take = reader.take
+            reader.take = lambda: replace(take(), **{kind: RangeSet()})
+
+        tracker.arm = armed  # type: ignore[method-assign]
+        return tracker
+
+    return breaks
+
+
+LOG_FAULTS: dict[str, Fault] = {
+    "loses records of stores": Fault(_deaf("stored"), "nothing changed is nothing to send"),
+    "loses records of drops": Fault(_deaf("dropped"), "change: dropped"),
+    "loses records of unmapping and moves": Fault(_deaf("replaced"), "change: mapped again at the same place"),
+    "ignores what was not delivered": Fault(
+        _patched(forget=lambda ranges: None), "what could not be delivered comes again"
+    ),
+}
 TRACKER_FAULTS: dict[str, dict[str, Fault]] = {
     "scan": {
-        "takes untracked memory for clean": _unregistered,
-        "leaves stale protection": _patched(_lift_stale=lambda new: None),
-        "does not check copied file pages": _patched(_check_copied=lambda held, pages, absent: None),
-        "does not scan lost reports again": _no_suspects,
-        "is blind to writes by descriptor": _blind_to_descriptors,
-        "ignores what was not delivered": _patched(forget=lambda ranges: None),
+        "takes untracked memory for clean": Fault(_unregistered, "change: mapped over"),
+        "leaves stale protection": Fault(
+            _patched(_lift_stale=lambda new: None),
+            "stores show after a move merged with a tracked neighbour",
+        ),
+        "does not check copied file pages": Fault(
+            _patched(_check_copied=lambda held, pages, absent: None), "private file page dropped is absent"
+        ),
+        "does not scan lost reports again": Fault(_no_suspects),
+        "is blind to writes by descriptor": Fault(_blind_to_descriptors, "object written by descriptor"),
+        "ignores what was not delivered": LOG_FAULTS["ignores what was not delivered"],
     },
+    "log-stall": LOG_FAULTS,
+    "log-spill": LOG_FAULTS,
+    "bitmap": LOG_FAULTS,
     "compare": {
-        "keeps what was dropped for known": lambda tracker: _patched(drop=lambda ranges: None)(tracker._book) and tracker,
-        "loses holes of objects": _loses_holes,
+        "keeps what was dropped for known": Fault(_remembers, "dropped and later written as it was"),
+        "loses holes of objects": Fault(_loses_holes, "object loses a page"),
     },
     "soft-dirty": {
-        "takes the zero page for clean": _zero_page_is_clean,
-        "does not stop the target": _patched(_pause=lambda pid: nullcontext()),
+        "takes the zero page for clean": Fault(_zero_page_is_clean, "change: dropped and read"),
+        "does not stop the target": Fault(_patched(_pause=lambda pid: nullcontext())),
     },
 }

@@ -41,7 +41,10 @@ def test_mapping_that_grew_over_a_shared_one_during_the_look(target: Target) -> 
     target.tracker.arm()
     target.round()
     target.run("ctypes.memset(B + 64 * P, 2, 8 * P)")
-    grow = "libc.munmap(B + 64 * P, 8 * P); libc.mremap(B, 64 * P, 72 * P, 0, None); ctypes.memset(B + 64 * P, 3, 8 * P)"
+    grow = (
+        "libc.munmap(B + 64 * P, 8 * P); libc.mremap(B, 64 * P, 72 * P, 0, None); "
+        "ctypes.memset(B + 64 * P, 3, 8 * P)"
+    )
     in_next_round(target, "_refresh", lambda tracker: target.run(grow))
     target.round()
     target.round()

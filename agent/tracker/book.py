@@ -69,6 +69,13 @@ class BookedTracker(RegisteredMemory):
         super().disarm()
         self._shared_watch.close()
 
+    def _relayout(self) -> None:
+        # A mapping may take the place of a shared one that these maps still show, without losing its registration (it
+        # grew) or before it got one: then its pages were protected and reported as the object's.
+        shared = self._layout.shared
+        super()._relayout()
+        self._suspect.update(shared.intersect(self._layout.private))
+
     def collect(self, *, final: bool) -> DirtySet:
         began = time.perf_counter()
         self._stats = TrackerStats()
@@ -135,6 +142,7 @@ class BookedTracker(RegisteredMemory):
             self._layout.object_mappings, stored=set(stored), remapped=self._remapped
         )
         self._remapped = set()
-        result: dict[SharedKey, RangeSet | None] = dict(stored)
+        watch = self._shared_watch  # what it could not find was unmapped since maps was read
+        result: dict[SharedKey, RangeSet | None] = {k: v for k, v in stored.items() if watch.knows(k)}
         result.update(dict.fromkeys(whole))
         return result

@@ -107,13 +107,6 @@ class ScanTracker(BookedTracker):
             settled &= self._take_shared(written.intersect(layout.shared), stored)
         return settled
 
-    def _relayout(self) -> None:
-        # A registered mapping may have grown in place to where a shared one was, with nothing unregistered to notice:
-        # then its pages were protected, and reported as the object's.
-        shared = self._layout.shared
-        super()._relayout()
-        self._suspect.update(shared.intersect(self._layout.private))
-
     def _written(self) -> tuple[RangeSet, bool]:
         # Step 2. Nothing is cleared, so a failure loses nothing.
         found: array[int] = array("Q")

@@ -109,6 +109,10 @@ class SharedWatch:
             os.close(self._inotify)
             self._inotify = -1
 
+    def knows(self, key: SharedKey) -> bool:
+        """Say whether the object is there, with a descriptor or without."""
+        return key in self._objects
+
     def fd_of(self, key: SharedKey) -> int | None:
         """Return the agent's read-only descriptor of an object; it stays this object's."""
         known = self._objects.get(key)
@@ -137,18 +141,29 @@ class SharedWatch:
         return known
 
     def find(self, mapped: Iterable[tuple[MapsEntry, SharedKey]]) -> None:
-        """Open objects not seen before."""
+        """Open objects not seen before. One whose mapping is gone already is none, unless it shows up again."""
         for entry, key in mapped:
             if key not in self._objects:
-                fd = open_mapped(self._pid, entry)
+                fd, gone = self._open_mapping(entry, key)
                 if fd is None:
                     fd = self._open_by_descriptor(key)
-                if fd is not None:
-                    status = os.fstat(fd)
-                    if (status.st_dev, status.st_ino) != key:  # the mapping changed meanwhile
-                        os.close(fd)
-                        fd = None
-                self._insert(key, fd)
+                if fd is not None or not gone:
+                    self._insert(key, fd)
+
+    def _open_mapping(self, entry: MapsEntry, key: SharedKey) -> tuple[int | None, bool]:
+        # Also says whether something else is there by now.
+        path = f"/proc/{self._pid}/map_files/{entry.start:x}-{entry.end:x}"
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None, True
+        except OSError:  # no right to
+            return None, False
+        status = os.fstat(fd)
+        if (status.st_dev, status.st_ino) == key:
+            return fd, False
+        os.close(fd)
+        return None, True
 
     def _open_by_descriptor(self, key: SharedKey) -> int | None:
         for path in self._descriptors({key}):

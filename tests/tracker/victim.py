@@ -2,10 +2,10 @@
 
 usage: victim.py SEED DIRECTORY tracked|untracked UFFD_FLAGS UNFIT STEPS...
 
-UNFIT is an action to leave out. Makes a userfaultfd (UFFD_FLAGS -1: none), prints "PID FD", waits for a line on standard
-input and closes it again: from then on somebody else may hold it. Then one thread for each of STEPS mutates memory of
-its own that many steps (0: for ever), two threads count up atomically in common memory, and the main thread's stack
-grows.
+UNFIT is an action to leave out. Makes a userfaultfd (UFFD_FLAGS -1: none), prints "PID FD", waits for a line on
+standard input and closes it again: from then on somebody else may hold it. Then one thread for each of STEPS mutates
+memory of its own that many steps (0: for ever), two threads count up atomically in common memory, and the main
+thread's stack grows.
 
 Each step's record (number of the action, its result) is appended to DIRECTORY/log-INDEX, RECORD bytes each: the same
 steps without a tracker must give the same records. When all threads are done with their steps, prints "done".

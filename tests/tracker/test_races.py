@@ -1,4 +1,4 @@
-"""Situations of the scan tracker alone."""
+"""Races that a tracker with page tables and a book must survive, made to happen."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from agent.errors import RefusedError
-from agent.tracker.scan import ScanTracker
+from agent.tracker import registration
+from agent.tracker.book import BookedTracker
 from tests.tracker.target import BASE, Target
 from tests.tracker.trackers import TRACKERS
 
@@ -20,10 +21,10 @@ def target() -> Iterator[Target]:
     made.close()
 
 
-def in_next_round(target: Target, method: str, action: Callable[[ScanTracker], object]) -> None:
+def in_next_round(target: Target, method: str, action: Callable[[BookedTracker], object]) -> None:
     """Do something right after the tracker's next call of `method`: what a race does now and then."""
     tracker = target.tracker
-    assert isinstance(tracker, ScanTracker)
+    assert isinstance(tracker, BookedTracker)
     original = getattr(tracker, method)
 
     def once(*args: object, **named: object) -> object:
@@ -51,13 +52,30 @@ def test_mapping_that_grew_over_a_shared_one_during_the_look(target: Target) -> 
     target.check()
 
 
+@pytest.mark.parametrize("name", ["scan", "log-stall", "bitmap"])
+def test_private_mapping_that_replaced_a_shared_one_before_it_was_registered(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registration, "MAX_REGISTRATIONS", 1)  # there is always a last time
+    target = Target(TRACKERS[name])
+    target.tracker.arm()
+    target.round()
+    target.run("libc.mmap(B + 64 * P, 8 * P, 3, 0x31, -1, 0); ctypes.memset(B, 1, 72 * P)")
+    over = "libc.mmap(B + 64 * P, 8 * P, 3, 0x32, -1, 0); ctypes.memset(B + 64 * P, 3, 8 * P)"
+    in_next_round(target, "_read_maps", lambda tracker: target.run(over))
+    target.round()
+    target.round()
+    target.check()
+    target.close()
+
+
 def test_mapping_refused_for_a_moment_after_it_was_looked_at(target: Target) -> None:
     target.run("ctypes.memset(B, 1, 16 * P)")
     target.tracker.arm()
     target.round()
     target.run("ctypes.memset(B, 2, 16 * P)")
 
-    def refuse(tracker: ScanTracker) -> None:
+    def refuse(tracker: BookedTracker) -> None:
         (entry,) = [entry for entry in tracker._maps if entry.start == BASE]
         tracker._excluded[entry] = errno.EINVAL
         tracker._relayout()

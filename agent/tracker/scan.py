@@ -50,6 +50,7 @@ anyway, and what went is in the page table already. They would not spare a singl
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from array import array
 
@@ -88,6 +89,8 @@ class ScanTracker(BookedTracker):
         self._refresh()
         layout = self._layout
         settled = True
+        if not final and self._knows_guards:
+            self._lift_markers()
         new = self._fresh.union(self._suspect)
         self._fresh, self._suspect = RangeSet(), RangeSet()
         written, complete = self._written()
@@ -196,6 +199,22 @@ class ScanTracker(BookedTracker):
         marked = select(found, PAGE_IS_SWAPPED, _POPULATED | guard).intersect(held)
         pages.update(marked)
         absent.update(held.subtract(copied).subtract(marked))
+
+    def _lift_markers(self) -> None:
+        # Where a protected page of a private file mapping is dropped, a marker stays. madvise(MADV_GUARD_INSTALL), which
+        # drops pages, tries again until there is none: whoever calls it goes on with the next round.
+        for start, end in self._layout.private_file:
+            self._stats.nr_scans += 1
+            found = self._scanner.scan(
+                start,
+                end,
+                category_mask=PAGE_IS_SWAPPED | PAGE_IS_GUARD,
+                category_inverted=PAGE_IS_GUARD,
+                return_mask=PAGE_IS_SWAPPED,
+            )
+            for marked in all_regions(found):
+                with contextlib.suppress(OSError):  # changed just now
+                    uffd.writeprotect(self._uffd, marked.start, marked.nr_bytes, False)
 
     def _take_shared(self, written: RangeSet, stored: dict[SharedKey, RangeSet]) -> bool:
         # Step 5, the page table part: report and protect, unpopulated pages too (markers), since another mapping or

@@ -442,8 +442,6 @@ class Mutator:
         kinds = {self.kinds.get(number) for number in self.ids[first : first + count]}
         if "shared" in kinds:
             return 0  # of a mapping, not of the object's content: no tracker's business
-        if "file" in kinds:
-            return 0  # see tests/kernel/test_memory_facts.py
         self.plain[first : first + count] = bytes(count)
         return sys_madvise(self.at(first), count * PAGE, advice)
 

@@ -209,6 +209,19 @@ def private_file_page_dropped_is_absent(target: Target) -> None:
 
 
 @situation
+def guards_over_pages_of_a_private_file(target: Target) -> None:
+    # See tests/kernel/test_pagemap_semantics.py: the caller may have to wait for a round.
+    target.run("f = os.open('/tmp', os.O_TMPFILE | os.O_RDWR); os.write(f, b'x' * 8 * P)")
+    target.run("a = libc.mmap(None, 8 * P, 3, 2, f, 0); ctypes.memset(a, 1, 2 * P); ctypes.string_at(a, 6 * P)")
+    target.tracker.arm()
+    target.round()
+    target.begin("libc.madvise(a + P, 3 * P, 102)")
+    while not target.is_done():
+        target.round()
+    target.check()
+
+
+@situation
 def guards_of_a_private_file(target: Target) -> None:
     target.run("f = os.open('/tmp', os.O_TMPFILE | os.O_RDWR); os.write(f, b'x' * 4 * P)")
     target.run("a = libc.mmap(None, 4 * P, 3, 2, f, 0); libc.madvise(a + P, P, 102)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import subprocess
 import sys
 
@@ -58,6 +59,14 @@ class Target:
         """Execute a line, but do not wait for its end: that is done()."""
         assert self.process.stdin is not None
         print(line, file=self.process.stdin, flush=True)
+
+    def is_done(self) -> bool:
+        """Whether what begin() began is over: done() then does not wait, and need not be called."""
+        assert self.process.stdout is not None
+        if not select.select([self.process.stdout], [], [], 0)[0]:
+            return False
+        self.done()
+        return True
 
     def done(self) -> None:
         assert self.process.stdout is not None

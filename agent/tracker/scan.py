@@ -201,8 +201,8 @@ class ScanTracker(BookedTracker):
         absent.update(held.subtract(copied).subtract(marked))
 
     def _lift_markers(self) -> None:
-        # Where a protected page of a private file mapping is dropped, a marker stays. madvise(MADV_GUARD_INSTALL), which
-        # drops pages, tries again until there is none: whoever calls it goes on with the next round.
+        # Where a protected page of a private file mapping is dropped, a marker stays. madvise(MADV_GUARD_INSTALL),
+        # which drops pages, tries again until there is none: whoever calls it goes on with the next round.
         for start, end in self._layout.private_file:
             self._stats.nr_scans += 1
             found = self._scanner.scan(

@@ -22,7 +22,7 @@ def start_server(host: Host, directory: Path, name: str, argv: list[str], port: 
     return workload
 
 
-@pytest.mark.parametrize("tracker", ["auto", "log", "bitmap"])
+@pytest.mark.parametrize("tracker", ["auto", "log", "bitmap", "compare"])
 def test_redis_moves_under_load_without_losing_a_write(
     source: Host, destination: Host, tmp_path: Path, tracker: str
 ) -> None:

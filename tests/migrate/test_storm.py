@@ -22,7 +22,7 @@ def test_every_page_survives_the_storm(
 
 @pytest.mark.parametrize(
     ("tracker", "options"),
-    [("log", ["--bandwidth-limit=100M", "--log-capacity=5000"]), ("bitmap", [])],
+    [("log", ["--bandwidth-limit=100M", "--log-capacity=5000"]), ("bitmap", []), ("compare", [])],
 )
 def test_every_page_survives_the_storm_under_another_tracker(
     source: Host, destination: Host, tmp_path: Path, tracker: str, options: list[str]

@@ -36,6 +36,8 @@ NR_THREADS = 3
 ROUNDS = 7
 """Running rounds at least; more until every thread has done STEPS."""
 STEPS = 120
+MOST_SEAMS = 3
+"""How many calls of mremap(2) may meet a seam for good, of some hundreds: a limitation of registering, see README."""
 DEADLINE_S = 60
 """No wait takes longer than a fraction of a second, unless somebody waits for ever."""
 
@@ -97,6 +99,7 @@ def run_seed(kind: Kind, seed: int, directory: Path, *, untracked: bool = True) 
             wrong = _track(tracked, tracker, exact=kind.exact)
         finally:
             tracker.disarm()
+    wrong += _seams(tracked.directory, most=MOST_SEAMS if kind.uffd_for else 0)
     return wrong + (_compare_records(seed, directory, tracked, kind) if untracked else [])
 
 
@@ -126,6 +129,12 @@ def _track(tracked: Victim, tracker: Tracker, *, exact: bool) -> list[str]:
         return wrong
     finally:
         replica.close()
+
+
+def _seams(directory: Path, *, most: int) -> list[str]:
+    seams = (directory / "seams").read_text().splitlines()
+    stay = [seam for seam in seams if seam.startswith("stays")]
+    return [f"mremap met a seam that {seam}" for seam in stay] if len(stay) > most else []
 
 
 def _wrong_counts(pid: int) -> list[str]:

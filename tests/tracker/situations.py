@@ -107,7 +107,7 @@ def stores_show_after_a_move_merged_with_a_tracked_neighbour(target: Target) -> 
     target.run("ctypes.memset(B, 8, 16 * P)")  # without a registration: writable now, and still marked as protected
     target.round()
     target.run("ctypes.memset(B + P, 9, 3 * P)")
-    assert target.round()[:3] == [1, 2, 3]
+    assert {1, 2, 3} <= set(target.round())
     target.check()
 
 

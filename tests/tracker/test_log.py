@@ -133,7 +133,7 @@ def tracked(name: str = "log", **options: Any) -> Iterator[Tracked]:
         assert isinstance(tracker, LogTracker)
         try:
             tracker.arm()
-            replica = Replica(child.pid, tracker)  # type: ignore[arg-type]
+            replica = Replica(child.pid, tracker)
             found = Tracked(child, tracker, replica, base)
             found.round()
             yield found

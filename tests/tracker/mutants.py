@@ -226,7 +226,6 @@ TRACKER_FAULTS: dict[str, dict[str, Fault]] = {
         "ignores what was not delivered": LOG_FAULTS["ignores what was not delivered"],
     },
     "log-stall": LOG_FAULTS,
-    "log-spill": LOG_FAULTS,
     "bitmap": LOG_FAULTS,
     "compare": {
         "keeps what was dropped for known": Fault(_remembers, "dropped and later written as it was"),

@@ -37,7 +37,7 @@ class Target:
 
     def __init__(self, kind: Kind) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _PROGRAM, str(kind.uffd_flags)],
+            [sys.executable, "-S", "-E", "-c", _PROGRAM, str(kind.uffd_flags)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -8,10 +8,10 @@ import pytest
 
 from tests.tracker.situations import SITUATIONS
 from tests.tracker.target import Target
-from tests.tracker.trackers import TRACKERS
+from tests.tracker.trackers import SITUATED, TRACKERS
 
 
-@pytest.fixture(params=TRACKERS)
+@pytest.fixture(params=SITUATED)
 def target(request: pytest.FixtureRequest) -> Iterator[Target]:
     made = Target(TRACKERS[request.param])
     yield made

@@ -15,7 +15,7 @@ import pytest
 from tests.tracker.harness import run_seed
 from tests.tracker.trackers import TRACKERS
 
-FEW = 3
+FEW = 2
 
 
 def _seeds() -> list[int]:

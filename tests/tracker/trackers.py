@@ -82,3 +82,5 @@ TRACKERS: dict[str, Kind] = {
         else Kind(_soft_dirty_emulated, "scan", exact=False)
     ),
 }
+SITUATED = [name for name in TRACKERS if name != "log-spill"]
+"""Those that single situations are worth while for: no situation fills a log."""

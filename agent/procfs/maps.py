@@ -1,6 +1,7 @@
 """/proc/PID/maps: text to records, fast enough for tens of thousands of mappings per round.
 
-The kernel writes the text a page at a time: of a running target two parts may not fit together. Paths are as the
+The kernel writes the text a page at a time, and without a lock on all of it: of a running target two parts may not fit
+together, and what is being cut or joined at that moment may show twice or not at all (seen on 6.18). Paths are as the
 kernel prints them: newline as ``\\012``, and `` (deleted)`` after the name of an unlinked file. Addresses are target
 addresses.
 Source: proc_pid_maps(5).

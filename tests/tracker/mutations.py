@@ -211,14 +211,17 @@ class Mutator:
         return result if result < 0 else result - (start - address)
 
     def parts(self, start: int, end: int) -> list[tuple[int, int]]:
-        """The mappings in a range, as the kernel has them."""
-        found = []
-        with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
-            for line in maps:
-                low, high = (int(bound, 16) for bound in line.split()[0].split("-"))
-                if low < end and start < high:
-                    found.append((max(low, start), min(high, end)))
-        return found
+        """The mappings in a range that has no holes, as the kernel has them."""
+        while True:
+            found = []
+            with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
+                for line in maps:
+                    low, high = (int(bound, 16) for bound in line.split()[0].split("-"))
+                    if low < end and start < high:
+                        found.append((max(low, start), min(high, end)))
+            # Linux 6.18 may leave out a mapping that is cut or joined just then, as registering does.
+            if sum(high - low for low, high in found) == end - start:
+                return found
 
     def note_seam(self, what: str, start: int, length: int) -> None:
         parts = " ".join(f"{low:x}-{high:x}" for low, high in self.parts(start, start + length))

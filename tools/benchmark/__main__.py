@@ -1,0 +1,138 @@
+"""Measures migrations between two namespace hosts, and what the machine itself would allow.
+
+    tools/bench                              the quick set
+    tools/bench redis --runs 10 --json r.json --html r.html
+    tools/bench redis-1024-10k threads-64 --runs 3 --phases -- --compress=zstd
+    tools/bench compress --link 1gbit        the same over a slower link (tc tbf in the network namespaces)
+    tools/bench --compare OLD.json NEW.json
+    tools/bench --smoke                      a bit of everything, in seconds; for tests
+
+Wants root. Scenarios are named KIND-NUMBER[-RATE][+OPTION...], KIND one of redis, memory, raw, threads, vmas, fds (for
+instance redis-1024-10k+max-rounds=3); sets of them: {sets}. Options after -- go to agent-send. docs/performance.md says
+what the figures mean. Numbers of a busy machine mean little: compare within one run of the benchmark.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.hosts import REPOSITORY
+from tools.benchmark import table
+from tools.benchmark.floors import FLOORS
+from tools.benchmark.run import BenchError, measure
+from tools.benchmark.scenarios import SETS, Scenario, expand
+from tools.benchmark.shaping import NoShaping
+
+FORMAT = 1
+"""Of the JSON file."""
+WATCH_S, SMOKE_WATCH_S = 1.5, 0.3
+
+
+def about_this_run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What one has to know to make sense of the figures."""
+    git = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty"]
+    revision = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    model = Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].split("\n")[0]
+    return {
+        "format": FORMAT,
+        "revision": revision,
+        "kernel": platform.release(),
+        "cpu": model,
+        "cpus": len(os.sched_getaffinity(0)),
+        "memory_mib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20,
+        "python": platform.python_version(),
+        "began": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "load_average_at_begin": os.getloadavg()[0],
+        "scenarios": arguments.scenarios,
+        "runs": arguments.runs,
+        "link": arguments.link,
+        "options": arguments.options,
+    }
+
+
+def run_scenario(scenario: Scenario, arguments: argparse.Namespace, document: dict[str, Any]) -> None:
+    """All runs of one scenario, and its row."""
+    results = []
+    for number in range(arguments.runs):
+        try:
+            result = measure(
+                scenario,
+                options=arguments.options,
+                watch_s=SMOKE_WATCH_S if arguments.smoke else WATCH_S,
+                link=arguments.link,
+                floors=FLOORS if number == 0 or not arguments.smoke else (),
+            )
+        except (BenchError, NoShaping) as err:
+            document["not_measured"].append({"scenario": scenario.name, "run": number, "reason": str(err)})
+            print(f"{scenario.name}: not measured: {err}", flush=True)
+            if isinstance(err, NoShaping):
+                break
+            continue
+        results.append(result)
+        document["results"].append(result)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(document))
+        if arguments.each or arguments.phases:
+            print(table.row(f"  run {number}", [result]), flush=True)
+        if arguments.phases:
+            print("\n".join(table.phases_text(result)), flush=True)
+    if results:
+        print(table.row(scenario.name, results), flush=True)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    assert __doc__
+    sets = "; ".join(f"{name}: {len(names)}" for name, names in SETS.items())
+    # Only the first "--" is ours.
+    split = argv.index("--") if "--" in argv else len(argv)
+    parser = argparse.ArgumentParser(
+        prog="tools/bench",
+        description=__doc__.replace("{sets}", sets),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("scenarios", nargs="*", help="scenarios and sets of them (default: quick)")
+    parser.add_argument("--runs", type=int, default=1, help="how often each is measured (default: 1)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results there")
+    parser.add_argument("--link", metavar="RATE", help="limit the link to that, as tc has it: 1gbit, 200mbit")
+    parser.add_argument("--each", action="store_true", help="a row for each run, too")
+    parser.add_argument("--phases", action="store_true", help="the phases of each run's freeze, too")
+    parser.add_argument("--smoke", action="store_true", help="the smoke set, in seconds")
+    arguments = parser.parse_args(argv[:split])
+    arguments.options = argv[split + 1 :]
+    arguments.scenarios = arguments.scenarios or ["smoke" if arguments.smoke else "quick"]
+    try:
+        arguments.expanded = expand(arguments.scenarios)
+    except ValueError as err:
+        parser.error(str(err))
+    if any(scenario.program == "redis" for scenario in arguments.expanded) and not shutil.which("redis-server"):
+        parser.error("redis-server is not installed")
+    return arguments
+
+
+def main(argv: list[str]) -> int:
+    arguments = parse(argv)
+    if os.geteuid() != 0:
+        print("tools/bench makes namespaces and moves processes: run it as root", file=sys.stderr)
+        return 2
+    document: dict[str, Any] = {"about": about_this_run(arguments), "results": [], "not_measured": []}
+    print(table.header(), flush=True)
+    for scenario in arguments.expanded:
+        run_scenario(scenario, arguments, document)
+    print(table.LEGEND)
+    document["about"]["load_average_at_end"] = os.getloadavg()[0]
+    if arguments.json:
+        arguments.json.write_text(json.dumps(document))
+    return 1 if document["not_measured"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -4,7 +4,8 @@
     tools/bench redis --runs 10 --json r.json --html r.html
     tools/bench redis-1024-10k threads-64 --runs 3 --phases -- --compress=zstd
     tools/bench compress --link 1gbit        the same over a slower link (tc tbf in the network namespaces)
-    tools/bench --compare OLD.json NEW.json
+    tools/bench --compare OLD.json NEW.json  is it faster?
+    tools/bench --render r.json --html r.html
     tools/bench --smoke                      a bit of everything, in seconds; for tests
 
 Wants root. Scenarios are named KIND-NUMBER[-RATE][+OPTION...], KIND one of redis, memory, raw, threads, vmas, fds (for
@@ -27,14 +28,18 @@ from typing import Any
 
 from tests.hosts import REPOSITORY
 from tools.benchmark import table
+from tools.benchmark.compare import compare, load
 from tools.benchmark.floors import FLOORS
+from tools.benchmark.page import render
 from tools.benchmark.run import BenchError, measure
 from tools.benchmark.scenarios import SETS, Scenario, expand
 from tools.benchmark.shaping import NoShaping
+from tools.benchmark.startup import measure_startup, startup_text
 
 FORMAT = 1
 """Of the JSON file."""
-WATCH_S, SMOKE_WATCH_S = 1.5, 0.3
+WATCH_S, SMOKE_WATCH_S = 1.5, 0.2
+STARTUP_RUNS, SMOKE_STARTUP_RUNS = 9, 1
 
 
 def about_this_run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -69,7 +74,7 @@ def run_scenario(scenario: Scenario, arguments: argparse.Namespace, document: di
                 options=arguments.options,
                 watch_s=SMOKE_WATCH_S if arguments.smoke else WATCH_S,
                 link=arguments.link,
-                floors=FLOORS if number == 0 or not arguments.smoke else (),
+                floors=FLOORS[:2] if arguments.smoke else FLOORS,
             )
         except (BenchError, NoShaping) as err:
             document["not_measured"].append({"scenario": scenario.name, "run": number, "reason": str(err)})
@@ -79,14 +84,21 @@ def run_scenario(scenario: Scenario, arguments: argparse.Namespace, document: di
             continue
         results.append(result)
         document["results"].append(result)
-        if arguments.json:
-            arguments.json.write_text(json.dumps(document))
+        write_files(arguments, document)
         if arguments.each or arguments.phases:
             print(table.row(f"  run {number}", [result]), flush=True)
         if arguments.phases:
             print("\n".join(table.phases_text(result)), flush=True)
     if results:
         print(table.row(scenario.name, results), flush=True)
+
+
+def write_files(arguments: argparse.Namespace, document: dict[str, Any]) -> None:
+    """Written again after each run: one that is interrupted leaves what it has."""
+    if arguments.json:
+        arguments.json.write_text(json.dumps(document) + "\n")
+    if arguments.html:
+        arguments.html.write_text(render(document))
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -102,6 +114,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("scenarios", nargs="*", help="scenarios and sets of them (default: quick)")
     parser.add_argument("--runs", type=int, default=1, help="how often each is measured (default: 1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results there")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with plots there")
+    parser.add_argument("--render", type=Path, metavar="JSON", help="make the page from older results")
+    parser.add_argument("--compare", type=Path, nargs=2, metavar=("OLD", "NEW"), help="compare results")
     parser.add_argument("--link", metavar="RATE", help="limit the link to that, as tc has it: 1gbit, 200mbit")
     parser.add_argument("--each", action="store_true", help="a row for each run, too")
     parser.add_argument("--phases", action="store_true", help="the phases of each run's freeze, too")
@@ -109,6 +124,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     arguments = parser.parse_args(argv[:split])
     arguments.options = argv[split + 1 :]
     arguments.scenarios = arguments.scenarios or ["smoke" if arguments.smoke else "quick"]
+    if arguments.render and not arguments.html:
+        parser.error("--render needs --html")
     try:
         arguments.expanded = expand(arguments.scenarios)
     except ValueError as err:
@@ -120,17 +137,33 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     arguments = parse(argv)
+    try:
+        if arguments.compare:
+            print("\n".join(compare(*map(load, arguments.compare))))
+            return 0
+        if arguments.render:
+            write_files(arguments, load(arguments.render))
+            return 0
+    except (OSError, ValueError) as err:
+        print(f"tools/bench: {err}", file=sys.stderr)
+        return 2
+    return run_all(arguments)
+
+
+def run_all(arguments: argparse.Namespace) -> int:
+    """Measure everything that was asked for."""
     if os.geteuid() != 0:
         print("tools/bench makes namespaces and moves processes: run it as root", file=sys.stderr)
         return 2
-    document: dict[str, Any] = {"about": about_this_run(arguments), "results": [], "not_measured": []}
+    document: dict[str, Any] = {"about": about_this_run(arguments), "results": [], "not_measured": [], "startup": {}}
+    document["startup"] = measure_startup(SMOKE_STARTUP_RUNS if arguments.smoke else STARTUP_RUNS)
+    print(startup_text(document["startup"]))
     print(table.header(), flush=True)
     for scenario in arguments.expanded:
         run_scenario(scenario, arguments, document)
     print(table.LEGEND)
     document["about"]["load_average_at_end"] = os.getloadavg()[0]
-    if arguments.json:
-        arguments.json.write_text(json.dumps(document))
+    write_files(arguments, document)
     return 1 if document["not_measured"] else 0
 
 

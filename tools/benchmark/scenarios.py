@@ -71,7 +71,7 @@ def parse_scenario(name: str) -> Scenario:
 
 
 SETS = {
-    "smoke": ["redis-16-1k", "memory-16-1k", "raw-16", "threads-4", "vmas-100", "fds-20"],
+    "smoke": ["redis-16-1k", "raw-16", "vmas-100", "vmas-300"],
     "quick": ["redis-256", "redis-256-10k", "memory-256-10k", "raw-256", "threads-64", "vmas-10k", "fds-1k"],
     "redis": ["redis-256", "redis-256-10k", "redis-1024", "redis-1024-10k", "redis-4096", "redis-4096-10k"],
     "memory": ["memory-64", "memory-256", "memory-1024", "memory-4096"],

@@ -91,6 +91,10 @@ def _head(document: dict[str, Any]) -> str:
     )
 
 
+def _runs(count: int) -> str:
+    return "1 run" if count == 1 else f"{count} runs"
+
+
 def _cell(values: Sequence[float | None], digits: int) -> str:
     known = [value for value in values if value is not None]
     if not known:
@@ -105,6 +109,7 @@ def _table(scenarios: dict[str, list[Result]]) -> str:
     columns: tuple[tuple[str, int, Callable[[Result], float | None]], ...] = (
         ("downtime ms", 2, lambda run: run["downtime_s"] * MS),
         ("longest gap ms", 2, lambda run: run["gap_s"] * MS),
+        ("gap at switchover ms", 2, lambda run: run["gaps_s"]["switchover"] * MS),
         ("gap before ms", 2, lambda run: run["gaps_s"]["before"] * MS),
         ("total s", 2, lambda run: run["total_s"]),
         ("MB sent", 0, lambda run: run["bytes_total"] / 1e6),
@@ -115,7 +120,7 @@ def _table(scenarios: dict[str, list[Result]]) -> str:
     )
     head = "".join(f"<th>{title}</th>" for title, _, _ in columns)
     rows = [
-        f'<tr><td><a href="#{escape(name)}">{escape(name)}</a> <small>{len(runs)} runs</small></td>'
+        f'<tr><td><a href="#{escape(name)}">{escape(name)}</a> <small>{_runs(len(runs))}</small></td>'
         + "".join(_cell([value(run) for run in runs], digits) for _, digits, value in columns)
         + "</tr>"
         for name, runs in scenarios.items()
@@ -196,16 +201,17 @@ def _families(scenarios: dict[str, list[Result]]) -> Iterator[tuple[str, str, li
 def _curves(scenarios: dict[str, list[Result]]) -> str:
     figures = []
     for label, axis, points in _families(scenarios):
-        low, high = points[0][0], points[-1][0]
+        ticks = [x for x, _ in points]
+        low, high = ticks[0], ticks[-1]
         stop = Plot(
             x_range=(low / 1.3, high * 1.3), y_range=(0, 1.15 * _highest(points, "gap_s", MS)), log_x=True,
-            x_label=axis, y_label="ms",
+            x_label=axis, y_label="ms", x_ticks=ticks,
         )  # fmt: skip
         stop.legend((A, "longest gap"), (B, "downtime"))
         _curve(stop, points, lambda run: run["gap_s"] * MS, A, "ms")
         _curve(stop, points, lambda run: run["downtime_s"] * MS, B, "ms")
         cost = Plot(
-            x_range=(low / 1.3, high * 1.3), log_x=True, x_label=axis, y_label="s",
+            x_range=(low / 1.3, high * 1.3), log_x=True, x_label=axis, y_label="s", x_ticks=ticks,
             y_range=(0, 1.15 * max(max(run["total_s"], _cpu_s(run)) for _, runs in points for run in runs)),
         )  # fmt: skip
         cost.legend((C, "total time"), (A, "CPU of both agents"))
@@ -352,13 +358,15 @@ def _freeze(run: Result) -> Plot:
     down_ms = run["downtime_s"] * MS
     rows = []
     for side, css in (("send", A), ("recv", B)):
-        spans = [span for span in run["phases"][side] if span["frozen"]]
+        # Steps that were made ahead of the freeze cost no downtime.
+        spans = [span for span in run["phases"][side] if span["frozen"] and span["end_ms"] > 0]
         spans.sort(key=lambda span: (span["start_ms"], -span["end_ms"]))
         rows += [(span, css) for span in spans]
     plot = Plot(
         x_range=(-0.15 * down_ms, 1.15 * down_ms), y_range=(0, len(rows)), height=70 + 17 * len(rows),
         x_label="ms, 0: the freeze begins", y_label="phases of the freeze", y_ticks=False, left=180,
     )  # fmt: skip
+    plot.legend((A, "source"), (B, "destination"), ("frozen", f"downtime {down_ms:.2f} ms"))
     plot.band(0, down_ms, f"downtime {down_ms:.2f} ms")
     for number, (span, css) in enumerate(rows):
         took = span["end_ms"] - span["start_ms"]

@@ -74,6 +74,8 @@ class Plot:
     log_y: bool = False
     y_ticks: bool = True
     left: int = LEFT
+    x_ticks: Sequence[float] = ()
+    """Where the x axis has labels; empty: round numbers."""
     _marks: list[str] = field(default_factory=list)
     _legend: list[tuple[str, str]] = field(default_factory=list)
 
@@ -150,7 +152,7 @@ class Plot:
 
     def _axes(self) -> list[str]:
         parts = []
-        for tick in self.x.ticks(8):
+        for tick in self.x_ticks or self.x.ticks(8):
             at = self.x.at(tick)
             parts.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{self.bottom}"/>')
             parts.append(self._text(at, self.bottom + 15, short(tick), "middle", "tick"))

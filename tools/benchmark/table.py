@@ -9,13 +9,14 @@ from typing import Any
 Result = dict[str, Any]
 MS = 1e3
 COLUMNS = (
-    ("scenario", 26), ("runs", 4), ("down ms", 8), ("min-max", 11), ("gap ms", 8), ("min-max", 11), ("quiet", 6),
-    ("total s", 8), ("rounds", 6), ("MB sent", 8), ("p99 x", 6), ("thru %", 6), ("CPU s/GiB", 9), ("RSS MiB", 8),
+    ("scenario", 26), ("runs", 4), ("down ms", 7), ("min-max", 11), ("gap ms", 7), ("min-max", 11),
+    ("switch", 6), ("quiet", 6), ("total s", 8), ("rounds", 6), ("MB sent", 8),
+    ("p99 x", 6), ("thru %", 6), ("CPU s/GiB", 9), ("RSS MiB", 8),
 )  # fmt: skip
 LEGEND = """\
-down: Ferry's own downtime; gap: the longest silence that the client, or the process itself, saw; quiet: the same
-before the migration began; p99 x: latency p99 during pre-copy by that before; thru: writes/s during pre-copy by those
-before; CPU: both agents; RSS: largest of agent-send/agent-recv. Medians of the runs."""
+down: Ferry's own downtime; gap: the longest silence that the client, or the process itself, saw; switch: the same
+around the switchover; quiet: before the migration began; p99 x: latency p99 during pre-copy by that before; thru:
+writes/s during pre-copy by those before; CPU: both agents; RSS: largest of agent-send/agent-recv. Medians of the runs."""
 
 
 def by_scenario(results: Iterable[Result]) -> dict[str, list[Result]]:
@@ -81,6 +82,7 @@ def row(name: str, runs: Sequence[Result]) -> str:
         extremes("downtime_s"),
         number(lambda run: run["gap_s"], 2, MS),
         extremes("gap_s"),
+        number(lambda run: run["gaps_s"]["switchover"], 1, MS),
         number(lambda run: run["gaps_s"]["before"], 1, MS),
         number(lambda run: run["total_s"], 3),
         number(lambda run: len(run["rounds"]), 0),

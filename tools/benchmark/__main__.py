@@ -161,7 +161,7 @@ def run_all(arguments: argparse.Namespace) -> int:
     print(table.header(), flush=True)
     for scenario in arguments.expanded:
         run_scenario(scenario, arguments, document)
-    print(table.LEGEND)
+    print(table.LEGEND, end="")
     document["about"]["load_average_at_end"] = os.getloadavg()[0]
     write_files(arguments, document)
     return 1 if document["not_measured"] else 0

@@ -14,7 +14,7 @@ COLUMNS = (
     ("p99 x", 6), ("thru %", 6), ("CPU s/GiB", 9), ("RSS MiB", 8),
 )  # fmt: skip
 LEGEND = """\
-down: Ferry's own downtime; gap: the longest silence that the client, or the process itself, saw; switch: the same
+down: Ferry's own downtime; gap: longest silence that the client, or the process itself, saw; switch: the same
 around the switchover; quiet: before the migration began; p99 x: latency p99 during pre-copy by that before; thru:
 writes/s during pre-copy by those before; CPU: both agents; RSS: largest of agent-send/agent-recv. Medians of the runs."""
 

@@ -16,7 +16,8 @@ COLUMNS = (
 LEGEND = """\
 down: Ferry's own downtime; gap: longest silence that the client, or the process itself, saw; switch: the same
 around the switchover; quiet: before the migration began; p99 x: latency p99 during pre-copy by that before; thru:
-writes/s during pre-copy by those before; CPU: both agents; RSS: largest of agent-send/agent-recv. Medians of the runs."""
+writes/s during pre-copy by those before; CPU: both agents; RSS: largest of agent-send/agent-recv. Medians.
+"""
 
 
 def by_scenario(results: Iterable[Result]) -> dict[str, list[Result]]:

@@ -19,6 +19,7 @@ from tools.benchmark.samples import (
     Sample,
     SampleWriter,
     Window,
+    around,
     latencies,
     longest_gap_s,
     percentile,
@@ -67,9 +68,9 @@ def test_smoke_results_fit_together(smoke: tuple[dict[str, Any], str, str, Path]
         name = result["scenario"]
         assert 0 < result["downtime_s"] < result["total_s"] < result["wall_s"], name
         assert result["gap_s"] == max(result["gaps_s"][part] for part in ("precopy", "switchover", "after")), name
-        for part in ("before", "precopy", "switchover", "after"):
-            found = result["latency_ms"][part]
-            assert found["count"] > 0 and found["p50"] <= found["p90"] <= found["p99"] <= found["max"], (name, part)
+        assert result["latency_ms"]["before"] and result["latency_ms"]["after"], name
+        for part in filter(None, result["latency_ms"].values()):
+            assert part["count"] > 0 and part["p50"] <= part["p90"] <= part["p99"] <= part["max"], name
         assert len(result["rounds"]) >= 2 and result["pages_total"] > 0, name
         for side in ("send", "recv"):
             assert result["cpu"][side]["user_s"] > 0 and result["peak_rss_kib"][side] > 4096, (name, side)
@@ -163,8 +164,9 @@ def test_samples_survive_the_file_and_are_counted_by_window(tmp_path: Path) -> N
     samples = read_samples(path)
     assert len(samples) == 96  # whole batches of 32
     assert samples[1] == Sample(MS // 2, MS, 3)
-    assert longest_gap_s(samples, Window(0, 40 * MS)) == 0.001
-    assert longest_gap_s(samples, Window(40 * MS, 200 * MS)) == 0.051
+    assert longest_gap_s(samples, Window(0, 39 * MS)) == 0.001
+    assert longest_gap_s(samples, Window(50 * MS, 60 * MS)) == 0.051, "it lasts longer than the window"
+    assert [sample.answered_ns // MS for sample in around(samples, Window(38 * MS, 60 * MS))] == [37, 38, 39, 90]
     assert rate_per_s(samples, Window(0, 40 * MS)) == 3 * 40 / 0.04
     assert latencies(samples, Window(0, 10 * MS))["max"] == 0.5
     assert latencies(samples, Window(50 * MS, 80 * MS)) == {}

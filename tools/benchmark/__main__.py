@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.hosts import REPOSITORY
+from tests.hosts import REPOSITORY, HostError
 from tools.benchmark import table
 from tools.benchmark.compare import compare, load
 from tools.benchmark.floors import FLOORS
@@ -40,6 +40,8 @@ FORMAT = 1
 """Of the JSON file."""
 WATCH_S, SMOKE_WATCH_S = 1.5, 0.2
 STARTUP_RUNS, SMOKE_STARTUP_RUNS = 9, 1
+FAILURES = (BenchError, NoShaping, HostError, AssertionError, RuntimeError, TimeoutError, subprocess.SubprocessError)
+"""What makes one run fail, from the helpers of the tests, too, and no more than that run."""
 
 
 def about_this_run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -64,33 +66,26 @@ def about_this_run(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def run_scenario(scenario: Scenario, arguments: argparse.Namespace, document: dict[str, Any]) -> None:
-    """All runs of one scenario, and its row."""
-    results = []
-    for number in range(arguments.runs):
-        try:
-            result = measure(
-                scenario,
-                options=arguments.options,
-                watch_s=SMOKE_WATCH_S if arguments.smoke else WATCH_S,
-                link=arguments.link,
-                floors=FLOORS[:2] if arguments.smoke else FLOORS,
-            )
-        except (BenchError, NoShaping) as err:
-            document["not_measured"].append({"scenario": scenario.name, "run": number, "reason": str(err)})
-            print(f"{scenario.name}: not measured: {err}", flush=True)
-            if isinstance(err, NoShaping):
-                break
-            continue
-        results.append(result)
-        document["results"].append(result)
-        write_files(arguments, document)
-        if arguments.each or arguments.phases:
-            print(table.row(f"  run {number}", [result]), flush=True)
-        if arguments.phases:
-            print("\n".join(table.phases_text(result)), flush=True)
-    if results:
-        print(table.row(scenario.name, results), flush=True)
+def run_once(scenario: Scenario, number: int, arguments: argparse.Namespace, document: dict[str, Any]) -> None:
+    """One run of one scenario, into the document."""
+    try:
+        result = measure(
+            scenario,
+            options=arguments.options,
+            watch_s=SMOKE_WATCH_S if arguments.smoke else WATCH_S,
+            link=arguments.link,
+            floors=FLOORS[:2] if arguments.smoke else FLOORS,
+        )
+    except FAILURES as err:
+        reason = f"{type(err).__name__}: {err}"
+        document["not_measured"].append({"scenario": scenario.name, "run": number, "reason": reason})
+        print(f"{scenario.name}: not measured: {reason}", flush=True)
+        return
+    document["results"].append(result)
+    if arguments.runs > 1 or arguments.phases:
+        print(table.row(f"{scenario.name} #{number}", [result]), flush=True)
+    if arguments.phases:
+        print("\n".join(table.phases_text(result)), flush=True)
 
 
 def write_files(arguments: argparse.Namespace, document: dict[str, Any]) -> None:
@@ -112,13 +107,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("scenarios", nargs="*", help="scenarios and sets of them (default: quick)")
-    parser.add_argument("--runs", type=int, default=1, help="how often each is measured (default: 1)")
+    parser.add_argument("--runs", type=int, default=1, help="how often each is measured, in turn (default: 1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results there")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with plots there")
     parser.add_argument("--render", type=Path, metavar="JSON", help="make the page from older results")
     parser.add_argument("--compare", type=Path, nargs=2, metavar=("OLD", "NEW"), help="compare results")
     parser.add_argument("--link", metavar="RATE", help="limit the link to that, as tc has it: 1gbit, 200mbit")
-    parser.add_argument("--each", action="store_true", help="a row for each run, too")
     parser.add_argument("--phases", action="store_true", help="the phases of each run's freeze, too")
     parser.add_argument("--smoke", action="store_true", help="the smoke set, in seconds")
     arguments = parser.parse_args(argv[:split])
@@ -159,8 +153,13 @@ def run_all(arguments: argparse.Namespace) -> int:
     document["startup"] = measure_startup(SMOKE_STARTUP_RUNS if arguments.smoke else STARTUP_RUNS)
     print(startup_text(document["startup"]))
     print(table.header(), flush=True)
-    for scenario in arguments.expanded:
-        run_scenario(scenario, arguments, document)
+    for number in range(arguments.runs):
+        # In turn: what the machine does besides meets every scenario alike.
+        for scenario in arguments.expanded:
+            run_once(scenario, number, arguments, document)
+            write_files(arguments, document)
+    for name, runs in table.by_scenario(document["results"]).items():
+        print(table.row(name, runs))
     print(table.LEGEND, end="")
     document["about"]["load_average_at_end"] = os.getloadavg()[0]
     write_files(arguments, document)

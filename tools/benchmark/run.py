@@ -23,8 +23,10 @@ from tests.hosts import Host, host_pair, wait_until
 from tests.migrate.crossing import COMPLETED, Receiver, Workload, start_agent_send, start_program
 from tools.benchmark.floors import Floor, measure_floors
 from tools.benchmark.samples import (
+    FLUSH_SAMPLES,
     Sample,
     Window,
+    around,
     count_samples,
     latencies,
     longest_gap_s,
@@ -48,7 +50,8 @@ SETTLE_NS = 200_000_000
 AROUND_NS = 60_000_000
 """So much before the freeze and after the release the answers are kept one by one."""
 BIN_NS = 50_000_000
-WARM_SAMPLES = 100
+MORE_SAMPLES = 3 * FLUSH_SAMPLES
+"""Whoever watches has noted so much in any stretch that is looked at."""
 
 
 class BenchError(Exception):
@@ -118,14 +121,29 @@ def start_load(scenario: Scenario, source: Host, destination: Host, directory: P
     start = _start_redis if scenario.program == "redis" else _start_subject
     watched = start(scenario, source, destination, directory)
 
-    def warm() -> bool:
-        if not watched.workload.process.alive:
-            raise BenchError(f"{scenario.name}: the load ended: {watched.workload.printed()}")
-        files = [watched.beats] if watched.writes is None else [watched.beats, watched.writes]
-        return all(count_samples(file) >= WARM_SAMPLES for file in files)
-
-    wait_until(warm, "the load to be warm", START_S)
+    _wait_for_samples(watched)
     yield watched
+
+
+def _wait_for_samples(watched: Watched) -> None:
+    """Until everybody who watches has noted some more."""
+    files = [watched.beats] if watched.writes is None else [watched.beats, watched.writes]
+    before = [count_samples(file) for file in files]
+
+    def noted() -> bool:
+        if not watched.workload.host.outer_pid(watched.workload.pid):
+            raise BenchError(f"the load ended: {watched.workload.printed()}")
+        return all(count_samples(file) >= count + MORE_SAMPLES for file, count in zip(files, before))
+
+    wait_until(noted, "the load to be at it", START_S)
+
+
+def _watch(watched: Watched, seconds: float) -> Window:
+    """Let it be for so long, or longer where it is slow; returns when that was."""
+    start_ns = time.monotonic_ns()
+    time.sleep(seconds)
+    _wait_for_samples(watched)
+    return Window(start_ns, time.monotonic_ns())
 
 
 def _start_subject(scenario: Scenario, source: Host, _destination: Host, directory: Path) -> Watched:
@@ -233,12 +251,11 @@ def measure(
         if scenario.kind == "raw" and floors:
             result["floors"] = measure_floors(floors, source, destination, watched.workload.pid, directory)
         load_before = os.getloadavg()[0]
-        time.sleep(watch_s)
-        started_ns = time.monotonic_ns()
+        before = _watch(watched, watch_s)
         moved = move(watched, source, destination, directory, [*scenario.options, *options])
-        time.sleep(SETTLE_NS / 1e9 + watch_s)
-        if not destination.outer_pid(watched.workload.pid):
-            raise BenchError("there is no copy on the destination")
+        watched.workload.host = destination
+        time.sleep(SETTLE_NS / 1e9)
+        after = _watch(watched, watch_s)
         result |= {
             "scenario": scenario.name,
             "kind": scenario.kind,
@@ -248,7 +265,7 @@ def measure(
             "link": shaped,
             "load_average": round(load_before, 2),
         }
-        return result | summary(moved, watched, started_ns, watch_s)
+        return result | summary(moved, watched, before, after)
 
 
 def _available_bytes() -> int:
@@ -259,29 +276,24 @@ def _available_bytes() -> int:
 # -- what it meant ---------------------------------------------------------------------------------------
 
 
-def windows(moved: Moved, started_ns: int, watch_s: float) -> dict[str, Window]:
-    """Before, during pre-copy, around the switchover, after."""
-    watch_ns = int(watch_s * 1e9)
+def summary(moved: Moved, watched: Watched, before: Window, after: Window) -> dict[str, Any]:
+    """Everything that is kept of one migration."""
     began_ns = min(span["monotonic_ns"] for span in moved.send["timeline"])
     frozen_ns = min(span["monotonic_ns"] for span in moved.send["timeline"] if span["frozen"])
-    settled_ns = frozen_ns + int(moved.send["downtime_s"] * 1e9) + SETTLE_NS
-    return {
-        "before": Window(started_ns - watch_ns, started_ns),
+    released_ns = frozen_ns + int(moved.send["downtime_s"] * 1e9)
+    spans = {
+        "before": before,
         "precopy": Window(began_ns, frozen_ns),
-        "switchover": Window(frozen_ns, settled_ns),
-        "after": Window(settled_ns, settled_ns + watch_ns),
+        "switchover": Window(frozen_ns, released_ns + SETTLE_NS),
+        "after": after,
     }
-
-
-def summary(moved: Moved, watched: Watched, started_ns: int, watch_s: float) -> dict[str, Any]:
-    """Everything that is kept of one migration."""
     beats = read_samples(watched.beats)
     writes = read_samples(watched.writes) if watched.writes else []
-    spans = windows(moved, started_ns, watch_s)
-    frozen_ns = spans["switchover"].start_ns
     moved_gib = moved.send["pages_total"] * 4096 / (1 << 30)
     cpu_s = sum(sum(side.values()) for side in moved.cpu.values())
-    gaps = {name: round(longest_gap_s(beats, window), 6) for name, window in spans.items()}
+    # Around the switchover: the silences that the downtime is a part of, or that begin right after it.
+    stop = {"switchover": Window(frozen_ns, released_ns + SETTLE_NS // 10)}
+    gaps = {name: round(longest_gap_s(beats, window), 6) for name, window in (spans | stop).items()}
     return {
         "downtime_s": moved.send["downtime_s"],
         "downtime_basis": moved.send["downtime_basis"],
@@ -305,7 +317,7 @@ def summary(moved: Moved, watched: Watched, started_ns: int, watch_s: float) -> 
             for side, report in (("send", moved.send), ("recv", moved.recv))
         },
         "freeze": {"send": moved.send["freeze"], "recv": moved.recv["freeze"]},
-        "answers": _answers(beats, spans["switchover"], frozen_ns),
+        "answers": _answers(beats, Window(frozen_ns, released_ns)),
         "series": _series(beats, writes, spans, frozen_ns),
     }
 
@@ -320,16 +332,15 @@ def _relative(span: dict[str, Any], frozen_ns: int) -> dict[str, Any]:
     }
 
 
-def _answers(beats: list[Sample], switchover: Window, frozen_ns: int) -> list[list[float]]:
+def _answers(beats: list[Sample], frozen: Window) -> list[list[float]]:
     """[ms after the freeze began, latency in ms, value] of each answer around the switchover."""
-    around = Window(switchover.start_ns - AROUND_NS, switchover.end_ns - SETTLE_NS + AROUND_NS)
     return [
         [
-            round((sample.answered_ns - frozen_ns) / 1e6, 3),
+            round((sample.answered_ns - frozen.start_ns) / 1e6, 3),
             round((sample.answered_ns - sample.asked_ns) / 1e6, 3),
             sample.value,
         ]
-        for sample in around.of(beats)
+        for sample in around(beats, Window(frozen.start_ns - AROUND_NS, frozen.end_ns + AROUND_NS))
     ]
 
 

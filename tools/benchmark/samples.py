@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from array import array
+from bisect import bisect_left
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -90,12 +91,19 @@ def latencies(samples: list[Sample], window: Window) -> dict[str, float]:
 
 
 def longest_gap_s(samples: list[Sample], window: Window) -> float:
-    """The longest time between two answers of which the later one lies in the window."""
+    """The longest time between two answers that lies in the window, be it in part."""
     longest = 0
     for before, after in zip(samples, samples[1:]):
-        if window.start_ns <= after.answered_ns < window.end_ns:
+        if before.answered_ns < window.end_ns and window.start_ns <= after.answered_ns:
             longest = max(longest, after.answered_ns - before.answered_ns)
     return longest / 1e9
+
+
+def around(samples: list[Sample], window: Window) -> list[Sample]:
+    """The samples of a window with the last one before it and the first one after it."""
+    answered = [sample.answered_ns for sample in samples]
+    first, last = bisect_left(answered, window.start_ns), bisect_left(answered, window.end_ns)
+    return samples[max(first - 1, 0) : last + 1]
 
 
 def rate_per_s(samples: list[Sample], window: Window) -> float:

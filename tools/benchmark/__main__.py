@@ -20,6 +20,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -149,6 +150,8 @@ def run_all(arguments: argparse.Namespace) -> int:
     if os.geteuid() != 0:
         print("tools/bench makes namespaces and moves processes: run it as root", file=sys.stderr)
         return 2
+    # Ended, by whatever signal, it takes along what it started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     document: dict[str, Any] = {"about": about_this_run(arguments), "results": [], "not_measured": [], "startup": {}}
     document["startup"] = measure_startup(SMOKE_STARTUP_RUNS if arguments.smoke else STARTUP_RUNS)
     print(startup_text(document["startup"]))

@@ -129,13 +129,14 @@ class PhaseClock:
 
 
 def freeze_trace(spans: Sequence[PhaseSpan]) -> list[dict[str, object]]:
-    """What the freeze consisted of: each phase in it by its start, with microseconds since the first
-    one began and microseconds taken. Steps of a phase, "phase: step", lie within it."""
+    """What the freeze consisted of: its phases and their steps ("phase: step") by their start, in
+    microseconds since the first phase began. A step that was made ahead begins before that."""
     frozen = sorted((span for span in spans if span.frozen), key=lambda span: (span.start_s, -span.end_s))
+    begin_s = min((span.start_s for span in frozen if ": " not in span.name), default=0.0)
     return [
         {
             "phase": span.name,
-            "start_us": round((span.start_s - frozen[0].start_s) * 1e6),
+            "start_us": round((span.start_s - begin_s) * 1e6),
             "microseconds": round((span.end_s - span.start_s) * 1e6),
         }
         for span in frozen

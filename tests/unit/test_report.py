@@ -93,6 +93,7 @@ def test_completed_carries_what_scripts_rely_on() -> None:
 def test_completed_traces_the_freeze_in_order_of_its_phases() -> None:
     clock = PhaseClock()
     clock.add("arm", 0.0, 0.1)
+    clock.add("restore: prepare threads", 0.3, 0.301, frozen=True)
     # A phase is recorded when it ends, after its steps.
     clock.add("restore: wait", 0.503, 0.5035, frozen=True)
     clock.add("restore", 0.503, 0.506, frozen=True)
@@ -102,6 +103,7 @@ def test_completed_traces_the_freeze_in_order_of_its_phases() -> None:
     Reporter(json_stream=stream, progress_stream=terminal).completed(report)
     (event,) = events(stream)
     assert event["freeze"] == [
+        {"phase": "restore: prepare threads", "start_us": -200_000, "microseconds": 1000},
         {"phase": "freeze", "start_us": 0, "microseconds": 3000},
         {"phase": "restore", "start_us": 3000, "microseconds": 3000},
         {"phase": "restore: wait", "start_us": 3000, "microseconds": 500},

@@ -54,6 +54,8 @@ class PhaseSpan:
     start_s: float
     end_s: float
     frozen: bool = False
+    monotonic_ns: int = 0
+    """``start_s`` on this host's CLOCK_MONOTONIC: puts both sides on one axis where they share it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +118,30 @@ class PhaseClock:
 
     def add(self, name: str, start_s: float, end_s: float, *, frozen: bool = False) -> None:
         """Record a phase that was timed elsewhere."""
-        self.spans.append(PhaseSpan(name=name, start_s=start_s, end_s=end_s, frozen=frozen))
+        self.spans.append(
+            PhaseSpan(
+                name=name,
+                start_s=start_s,
+                end_s=end_s,
+                frozen=frozen,
+                monotonic_ns=self.start_ns + round(start_s * 1e9),
+            )
+        )
+
+
+def freeze_trace(spans: Sequence[PhaseSpan]) -> list[dict[str, object]]:
+    """What the freeze consisted of: its phases and their steps ("phase: step") by their start, in
+    microseconds since the first phase began. A step that was made ahead begins before that."""
+    frozen = sorted((span for span in spans if span.frozen), key=lambda span: (span.start_s, -span.end_s))
+    begin_s = min((span.start_s for span in frozen if ": " not in span.name), default=0.0)
+    return [
+        {
+            "phase": span.name,
+            "start_us": round((span.start_s - begin_s) * 1e6),
+            "microseconds": round((span.end_s - span.start_s) * 1e6),
+        }
+        for span in frozen
+    ]
 
 
 @dataclass(slots=True)
@@ -189,7 +214,7 @@ class Reporter:
 
     def completed(self, report: CompletedReport) -> None:
         """The migration is complete."""
-        self.event("completed", **_fields(report))
+        self.event("completed", **_fields(report), freeze=freeze_trace(report.timeline))
 
     def failed(self, error: BaseException, *, phase: str = "", session: str = "") -> None:
         """The migration failed, or was refused; written once per migration."""
@@ -352,7 +377,7 @@ def _progress_lines(name: str, fields: dict[str, object]) -> list[str]:
     if name == "round":
         return [format_round(RoundReport(**cast("dict[str, Any]", fields)))]
     if name == "completed" and "total_s" in fields:
-        known = dict(fields)
+        known = {key: value for key, value in fields.items() if key != "freeze"}
         spans = cast("list[dict[str, Any]]", known.pop("timeline", []))
         timeline = [PhaseSpan(**span) for span in spans]
         return format_completed(CompletedReport(**cast("dict[str, Any]", known), timeline=timeline))

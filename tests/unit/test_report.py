@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+from dataclasses import replace
 
 import pytest
 
@@ -20,6 +21,7 @@ from agent.report import (
     format_completed,
     format_round,
     format_seconds,
+    freeze_trace,
     render_timeline,
 )
 from agent.types import Obstacle
@@ -86,6 +88,32 @@ def test_completed_carries_what_scripts_rely_on() -> None:
     rounds = event["rounds"]
     assert isinstance(rounds, list)
     assert {"pages_dirty", "pages_sent", "bytes_sent", "seconds"} <= set(rounds[0])
+
+
+def test_completed_traces_the_freeze_in_order_of_its_phases() -> None:
+    clock = PhaseClock()
+    clock.add("arm", 0.0, 0.1)
+    clock.add("restore: prepare threads", 0.3, 0.301, frozen=True)
+    # A phase is recorded when it ends, after its steps.
+    clock.add("restore: wait", 0.503, 0.5035, frozen=True)
+    clock.add("restore", 0.503, 0.506, frozen=True)
+    clock.add("freeze", 0.5, 0.503, frozen=True)
+    stream, terminal = io.StringIO(), io.StringIO()
+    report = replace(COMPLETED, timeline=clock.spans)
+    Reporter(json_stream=stream, progress_stream=terminal).completed(report)
+    (event,) = events(stream)
+    assert event["freeze"] == [
+        {"phase": "restore: prepare threads", "start_us": -200_000, "microseconds": 1000},
+        {"phase": "freeze", "start_us": 0, "microseconds": 3000},
+        {"phase": "restore", "start_us": 3000, "microseconds": 3000},
+        {"phase": "restore: wait", "start_us": 3000, "microseconds": 500},
+    ]
+    assert clock.spans[-1].monotonic_ns == clock.start_ns + 500_000_000
+    assert "completed: pid 4121" in terminal.getvalue()
+
+
+def test_a_migration_without_a_freeze_has_an_empty_trace() -> None:
+    assert freeze_trace(COMPLETED.timeline) == []
 
 
 def test_failed_carries_exit_code_hint_and_obstacles() -> None:

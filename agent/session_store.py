@@ -40,6 +40,9 @@ KEEP_DECISIONS_S = 30 * 86400
 keeps its frozen original."""
 _DECISION_SUFFIXES = {COMMITTED: ".committed.json", ABORTED: ".aborted.json"}
 _PREPARED_SUFFIX = ".prepared.json"
+_ASIDE_SUFFIX = ".tmp"
+_KEEP_ASIDE_S = 3600
+"""A file that was written aside and is older belongs to an agent that was killed meanwhile."""
 _UNDECIDED_SUFFIX = ".undecided.json"
 
 
@@ -233,6 +236,7 @@ class SessionStore:
 
         :raises SetupError: it could not be recorded; COMMIT may not be sent then.
         """
+        self._prune()
         record = UndecidedRecord(
             session=session,
             pid=pid,
@@ -283,17 +287,21 @@ class SessionStore:
         self._sync_directory()
 
     def _prune(self) -> None:
-        """Remove decisions that nobody will ask for any more."""
-        oldest = time.time() - KEEP_DECISIONS_S
+        """Remove decisions that nobody will ask for any more, and what killed agents left."""
+        now = time.time()
+        decided = (*_DECISION_SUFFIXES.values(), _PREPARED_SUFFIX)
         with contextlib.suppress(OSError), os.scandir(self.directory) as entries:
             for entry in entries:
-                decided = entry.name.endswith((*_DECISION_SUFFIXES.values(), _PREPARED_SUFFIX))
-                if decided and entry.stat(follow_symlinks=False).st_mtime < oldest:
+                age_s = now - entry.stat(follow_symlinks=False).st_mtime
+                aside = entry.name.startswith(".") and entry.name.endswith(_ASIDE_SUFFIX)
+                if (aside and age_s > _KEEP_ASIDE_S) or (
+                    entry.name.endswith(decided) and age_s > KEEP_DECISIONS_S
+                ):
                     os.unlink(entry.path)
 
     def _write_aside(self, session: str, record: dict[str, Any]) -> str:
         check_session(session)
-        path = os.path.join(self.directory, f".{session}.{os.getpid()}.tmp")
+        path = os.path.join(self.directory, f".{session}.{os.getpid()}{_ASIDE_SUFFIX}")
         try:
             os.makedirs(self.directory, mode=0o700, exist_ok=True)
             check_directory(self.directory)

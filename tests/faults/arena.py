@@ -164,6 +164,12 @@ class Arena:
             assert sent.status == -9
             self.resolve(undecided)
             outcome += " (record left)"
+        if killed.status == -9:
+            # What it was just writing; the next agents remove it once it is old.
+            left = self.temporary()
+            assert len(left) <= 1, left
+            for path in left:
+                path.unlink()
         self.check_end()
         return outcome
 
@@ -208,8 +214,10 @@ class Arena:
                 timeout_s=5,
             )
         assert not self.undecided(self.here) and not self.undecided(self.there)
-        temporary = [path.name for path in self.directory.glob("state-*/.*")]
-        assert not temporary, f"left: {temporary}"
+        assert not self.temporary(), f"left: {self.temporary()}"
+
+    def temporary(self) -> list[Path]:
+        return list(self.directory.glob("state-*/.*"))
 
     def differences(self) -> list[str]:
         """What is not as it was."""

@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -126,6 +127,20 @@ def test_decisions_of_long_ago_are_forgotten(store: SessionStore) -> None:
         os.utime(os.path.join(store.directory, name), (0, 0))
     store.prepare(SESSION, 1)
     assert os.listdir(store.directory) == [SESSION + ".prepared.json"]
+
+
+@pytest.mark.parametrize("age_s, stays", [(60, True), (86400, False)])
+def test_what_a_killed_agent_was_writing_is_removed_later(
+    store: SessionStore, age_s: int, stays: bool
+) -> None:
+    store.prepare(SESSION, 1)
+    left = Path(store.directory, f".{OTHER}.17.tmp")
+    left.write_text("{")
+    then = time.time() - age_s
+    os.utime(left, (then, then))
+    store.record_undecided(OTHER, 1, "tcp://h:1")
+    assert left.exists() == stays
+    assert store.lookup_prepared(SESSION) is not None
 
 
 def test_no_temporary_files_are_left(store: SessionStore) -> None:

@@ -94,7 +94,7 @@ PHASES = {
     "agent.rounds:RoundSender.send_round:after": FAILED,
     TRACER + "stop_all:before": FAILED,
     TRACER + "stop_all:after": FAILED,
-    "agent.source:send_files:before": FAILED,
+    "agent.source:dump_files:before": FAILED,
     SOURCE + "_finish:before": FAILED,
 }
 """Points of agent-send at which the target is killed, and the exit status."""

@@ -15,6 +15,8 @@ from tools.trackbench_results import Chart, Results, Table, bytes_text
 WIDTH, HEIGHT = 760, 400
 LEFT, RIGHT, TOP, BOTTOM = 78, 16, 14, 52
 """Margins around the plot: room for tick labels and axis labels."""
+ROOM = 1.3
+"""Factor by which the vertical axis exceeds the data."""
 GROUP_FILL = 0.8
 """Part of a group's width that its bars take."""
 
@@ -107,7 +109,8 @@ def _figure(chart: Chart) -> str:
 def svg(chart: Chart) -> str:
     """Draw one chart."""
     ys = [y for points in chart.series.values() for _, y in points]
-    y_axis = Axis(min(ys), max(ys), HEIGHT - BOTTOM, TOP)
+    # Room for the markers, and for the lowest bar to be seen.
+    y_axis = Axis(min(ys) / ROOM, max(ys) * ROOM, HEIGHT - BOTTOM, TOP)
     if chart.groups:
         body = _bars(chart, y_axis)
     else:

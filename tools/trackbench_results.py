@@ -386,30 +386,41 @@ class Results:
         first, last = ends
         return None if first is None or last is None else (last - first) / (high - low) * GIB * 1e6
 
-    def page_cost_us(self, name: str) -> float | None:
-        """CPU time of all parties for one more dirty page, from the two largest shares below all."""
-        shares = sorted(share for share in self.values("share", experiment="dirty-share") if share < 1)
-        if not shares:
-            return None
-        return self.median(_all_cpu_us, experiment="dirty-share", variant=name, share=shares[-1])
-
     def _slopes(self) -> str:
         slopes = {name: self.slope_us_per_gib(name) for name in self.trackers}
-        told = [f"{name} {significant(value / 1e3)}" for name, value in slopes.items() if value is not None]
+        told = [
+            f"{name} {significant(value / 1e3) if value > 0 else 'nothing'}"
+            for name, value in slopes.items()
+            if value is not None
+        ]
         return f"CPU time of a round for each GiB of clean memory (ms): {', '.join(told)}." if told else ""
 
+    def crossover_gib(self, log: str = "log-spill") -> float | None:
+        """GiB of memory from which a round by log costs all parties less CPU time than one by scan.
+
+        With as many dirty pages as memory-size has; from the smallest size and what scan pays for each GiB more.
+        """
+        slope, log_slope = self.slope_us_per_gib("scan"), self.slope_us_per_gib(log)
+        if slope is None or log_slope is None or slope <= max(log_slope, 0.0):
+            return None
+        smallest = min(self.values("bytes", experiment="memory-size"))
+        wanted: dict[str, object] = {"experiment": "memory-size", "bytes": smallest}
+        by_log = self.median(_round_cpu_us, variant=log, **wanted)
+        by_scan = self.median(_round_cpu_us, variant="scan", **wanted)
+        if by_log is None or by_scan is None:
+            return None
+        crossover: float = (by_log - by_scan) / (slope - max(log_slope, 0.0)) + smallest / GIB
+        return max(crossover, 0.0)
+
     def _crossover(self) -> str:
-        slope, log_slope = self.slope_us_per_gib("scan"), self.slope_us_per_gib("log-spill")
-        scan, log = self.page_cost_us("scan"), self.page_cost_us("log-spill")
-        if slope is None or log_slope is None or scan is None or log is None:
+        gib = self.crossover_gib()
+        if not gib:
             return ""
-        if log <= scan or slope <= log_slope:
-            return "No crossover between scan and log was measured."
-        pages = (slope - log_slope) / (log - scan)
+        pages = self.where(experiment="memory-size")[0]["pages_written"]
         return (
-            f"A dirty page costs all parties {significant(scan)} µs of CPU time with scan, {significant(log)} µs with "
-            f"a log; a log costs less only where fewer than about {significant(pages)} pages per GiB are written in "
-            f"a round ({percent_text(pages * PAGE_SIZE / GIB)} of the memory)."
+            f"With {pages} pages written in a round, a log costs all parties less CPU time than scan from about "
+            f"{significant(gib)} GiB on: where fewer than about {significant(pages / gib)} pages per GiB are written "
+            f"({percent_text(pages / gib * PAGE_SIZE / GIB)})."
         )
 
     def _waiting(self) -> str:
@@ -430,9 +441,13 @@ def _extra_us(record: Record) -> float:
     return float(record["p50_ns"] - _floor(record, "p50_ns")) / 1e3
 
 
-def _all_cpu_us(record: Record) -> float:
+def _round_cpu_us(record: Record) -> float:
     writer = record["writer_cpu_s"] - _floor(record, "writer_cpu_s")
-    return float((writer + record["agent_cpu_s"]) / record["pages_written"] * 1e6)
+    return float(writer + record["agent_cpu_s"]) * 1e6
+
+
+def _all_cpu_us(record: Record) -> float:
+    return _round_cpu_us(record) / float(record["pages_written"])
 
 
 def _burst_us(record: Record) -> float:

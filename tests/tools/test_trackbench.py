@@ -214,28 +214,22 @@ def test_crossover_is_where_the_walk_costs_what_the_faults_cost() -> None:
             name,
             0,
             **{"experiment": "memory-size", "bytes": size * gib, "agent_cpu_s": cpu, "agent_bytes": 0},
-            **{"writer_cpu_s": 0.0, "pages_written": 1},
+            **{"writer_cpu_s": writer, "pages_written": 100},
         )
-        for name, size, cpu in [
-            ("none", 1, 0.0),
-            ("scan", 1, 0.001),
-            ("scan", 9, 0.009),  # a millisecond per GiB
-            ("log-spill", 1, 0.002),
-            ("log-spill", 9, 0.002),
+        for name, size, cpu, writer in [
+            ("none", 1, 0.0, 0.0),
+            ("none", 9, 0.0, 0.0),
+            ("scan", 1, 0.001, 0.0),
+            ("scan", 9, 0.009, 0.0),  # a millisecond per GiB
+            ("log-spill", 1, 0.004, 0.001),
+            ("log-spill", 9, 0.004, 0.001),
         ]
-    ] + [
-        record(
-            name,
-            0,
-            **{"experiment": "dirty-share", "share": 0.1, "writer_cpu_s": 0.0, "agent_cpu_s": cpu},
-            pages_written=100,
-        )
-        for name, cpu in [("none", 0.0), ("scan", 0.0001), ("log-spill", 0.0011)]
     ]
     results = Results(made)
     assert results.slope_us_per_gib("scan") == pytest.approx(1000)
-    assert results.page_cost_us("log-spill") == pytest.approx(11, rel=0.01)
-    assert any("fewer than about 100 pages per GiB" in text for text in results.findings())
+    assert results.crossover_gib() == pytest.approx(5)  # 1 + (4 + 1 - 1) / 1
+    assert any("fewer than about 20 pages per GiB" in text for text in results.findings())
+    assert Results(made[:4]).crossover_gib() is None
 
 
 def test_page_of_no_records_is_a_page() -> None:

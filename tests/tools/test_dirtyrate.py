@@ -40,7 +40,7 @@ def pages(*numbers: int) -> RangeSet:
 
 
 class Load:
-    """A running tools/dirty_memory.py."""
+    """A running tests/tools/steady_writer.py."""
 
     def __init__(self, pid: int, status: Path) -> None:
         self.pid = pid
@@ -63,10 +63,11 @@ class Load:
 
 
 @contextlib.contextmanager
-def load(directory: Path, *options: str) -> Iterator[Load]:
+def load(directory: Path, *, megabytes: int, rate: int) -> Iterator[Load]:
     require_root()
     status = directory / "status"
-    program = [sys.executable, str(REPOSITORY / "tools/dirty_memory.py"), f"--status={status}", *options]
+    program = [sys.executable, str(Path(__file__).with_name("steady_writer.py"))]
+    program += [str(status), str(megabytes), str(rate)]
     with subprocess.Popen(program) as process:
         try:
             made = Load(process.pid, status)
@@ -78,8 +79,8 @@ def load(directory: Path, *options: str) -> Iterator[Load]:
 
 def test_as_many_pages_are_counted_as_were_written(tmp_path: Path) -> None:
     # Every write goes to another page, so writes and dirty pages are the same number.
-    with load(tmp_path, "--megabytes=128", "--rate=1000", "--pattern=linear") as writer:
-        seconds = 2.5
+    with load(tmp_path, megabytes=128, rate=2000) as writer:
+        seconds = 1.0
         while True:
             measured = measure(writer.pid, seconds, 0.2)
             writer.wait_for_note(measured.ended_ns)
@@ -97,7 +98,7 @@ def test_as_many_pages_are_counted_as_were_written(tmp_path: Path) -> None:
 
 
 def test_hot_set_is_found_and_the_process_left_as_it_was(tmp_path: Path) -> None:
-    with load(tmp_path, "--megabytes=16", "--rate=40000", "--pattern=linear") as writer:
+    with load(tmp_path, megabytes=16, rate=40_000) as writer:
         memory = writer.memory()
         fds = sorted(path.name for path in Path(f"/proc/{writer.pid}/fd").iterdir())
         answer = subprocess.run(

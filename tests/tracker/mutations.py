@@ -212,7 +212,7 @@ class Mutator:
 
     def parts(self, start: int, end: int) -> list[tuple[int, int]]:
         """The mappings in a range that has no holes, as the kernel has them."""
-        while True:
+        for _ in range(100):
             found = []
             with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
                 for line in maps:
@@ -221,7 +221,8 @@ class Mutator:
                         found.append((max(low, start), min(high, end)))
             # Linux 6.18 may leave out a mapping that is cut or joined just then, as registering does.
             if sum(high - low for low, high in found) == end - start:
-                return found
+                break
+        return found
 
     def note_seam(self, what: str, start: int, length: int) -> None:
         parts = " ".join(f"{low:x}-{high:x}" for low, high in self.parts(start, start + length))

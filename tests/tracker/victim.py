@@ -58,6 +58,7 @@ def count(index: int) -> None:
 
 def main() -> None:
     warnings.simplefilter("ignore")  # fork() with threads: that is the point
+    calls.libc.prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL: it would go on for ever without the test
     seed, directory, mode, flags, unfit, *steps = sys.argv[1:]
     noise = os.open(f"{directory}/noise", os.O_RDWR | os.O_CREAT)
     os.pwrite(noise, random.Random(int(seed)).randbytes(1 << 18), 0)

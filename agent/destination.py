@@ -146,6 +146,8 @@ class _Migration:
         self.phase = "handshake"
         self.sections: dict[str, list[object]] = {}
         self.rebuild: Rebuild | None = None
+        self._soon = False
+        """Whether the round that is on its way is the last one before the freeze."""
         self._hurry = contextlib.ExitStack()
         self.prepared = False
         """Whether the session store knows of this session."""
@@ -278,6 +280,8 @@ class _Migration:
         while not isinstance(message := self._next(), Switchover):
             self._take(rebuild, message)
             if isinstance(message, RoundEnd):
+                if self._soon:
+                    self._make_haste()
                 rebuild.settle()
                 if not self.link.recorded:
                     self.link.send(RoundPlaced(round=message.round))
@@ -289,7 +293,7 @@ class _Migration:
             if message.kind == "layout":
                 rebuild.follow_layout(decode_section(message))
             elif message.kind == "pre_dump":
-                self._make_haste()
+                self._soon = True
                 state = decode_section(message)
                 if state is not None:
                     rebuild.prepare_threads(state)

@@ -155,7 +155,8 @@ class Plot:
         for tick in self.x_ticks or self.x.ticks(8):
             at = self.x.at(tick)
             parts.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{self.bottom}"/>')
-            parts.append(self._text(at, self.bottom + 15, short(tick), "middle", "tick"))
+            text = f"{tick:,.0f}" if self.x_ticks else short(tick)
+            parts.append(self._text(at, self.bottom + 15, text, "middle", "tick"))
         for tick in self.y.ticks(5) if self.y_ticks else ():
             at = self.y.at(tick)
             parts.append(f'<line class="grid" x1="{self.left}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')

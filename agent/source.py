@@ -41,11 +41,11 @@ from agent.resolve import resolve
 from agent.rounds import RoundSender
 from agent.session_store import SessionStore
 from agent.snapshot import send_guards, send_mm, send_plan, send_pre_dump, send_task
-from agent.state.files import dump_files
+from agent.state.files import dump_files, has_direct_io
 from agent.state.inetsk import reset_connections
 from agent.target.tracer import TracedThread, Tracer
 from agent.tracker.base import Tracker
-from agent.tracker.choose import Choice, choose_tracker
+from agent.tracker.choose import REFERENCE, Choice, choose_tracker
 from agent.tracker.create import create_tracker
 from agent.types import Obstacle
 from agent.version import SOFTWARE
@@ -134,6 +134,8 @@ class _Migration:
         self.target = target
         self.session = uuid.uuid4().hex
         self.phase = "setup"
+        self.verify = options.verify
+        """Whether digests are compared: also where stores may go past the tracker (has_direct_io)."""
         self.tracker = Choice(options.tracker, "")
         self.clock = PhaseClock()
         self.reports: list[RoundReport] = []
@@ -349,13 +351,15 @@ class _Migration:
             send_mm(link, self.target, brk=brk)
         with self._phase("files", frozen=True):
             # Before the last look at memory: it shows which objects are open.
-            rounds.send_files(dump_files(self.target.ctx))
+            files = dump_files(self.target.ctx)
+            rounds.send_files(files)
         with self._phase("last round", frozen=True):
             dirty = rounds.collect(final=True)
             send_guards(link, self.target, dirty.guards.pairs)
             self.reports.append(rounds.send_round(len(self.reports), dirty, final=True))
         digest = None
-        if self.options.verify:
+        self.verify |= self.tracker.name != REFERENCE and has_direct_io(files)
+        if self.verify:
             with self._phase("digest", frozen=True):
                 digest = digest_process(self.target.pid, dirty.maps)
         link.send(link.session.state_end(digest))
@@ -461,7 +465,7 @@ class _Migration:
             pages_total=sum(report.pages_sent for report in self.reports),
             pages_zero=sum(report.pages_zero for report in self.reports),
             address=str(self.address),
-            verified=True if self.options.verify and not link.recorded else None,
+            verified=True if self.verify and not link.recorded else None,
             timeline=self.clock.spans,
             notes=self.notes,
         )

@@ -36,6 +36,7 @@ from agent.state.openfile import (
     F_SETSIG,
     O_ASYNC,
     O_CLOEXEC,
+    O_DIRECT,
     O_DIRECTORY,
     O_PATH,
     Description,
@@ -79,6 +80,14 @@ def dump_files(ctx: DumpContext, *, content: bool = True) -> FilesState:
             f"Cannot carry the open files of process {ctx.pid}: {job.obstacles[0]}", job.obstacles
         )
     return state
+
+
+def has_direct_io(state: FilesState) -> bool:
+    """Tell whether a file is open with O_DIRECT.
+
+    Such reads pin pages and store into them past any write protection: no tracker but compare is sure to see that.
+    """
+    return any(file.kind == "regular" and file.flags & O_DIRECT for file in state.files)
 
 
 def _examine(ctx: DumpContext, *, content: bool) -> tuple[DumpJob, FilesState | None]:

@@ -13,6 +13,8 @@ PREFERENCE = ("scan", "soft-dirty", "compare")
 """What `auto` tries, in this order. Never log or bitmap: with them the target waits for the agent at each first store
 to a page and at each change of its mappings, and the kernel fails the last stores of exiting threads. Where the kernel
 has what they need it has what scan needs."""
+REFERENCE = "compare"
+"""Misses nothing, whatever way memory changes."""
 TRACKER_NAMES = ("scan", "log", "bitmap", "soft-dirty", "compare")
 
 _SCAN_NEEDS = (

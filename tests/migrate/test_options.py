@@ -151,3 +151,21 @@ def test_json_events_tell_the_whole_story(calm: Workload, destination: Host, tmp
         assert {"pages_dirty", "pages_sent", "bytes_sent", "seconds"} <= row.keys()
     assert sum(row["bytes_sent"] for row in rounds) <= events[-1]["bytes_total"]
     assert events[-1]["tracker"] == "scan"
+
+
+@pytest.mark.parametrize("tracker, verified", [("scan", True), ("compare", None)])
+def test_direct_reads_are_verified_unless_nothing_can_be_missed(
+    source: Host, destination: Host, tmp_path: Path, tracker: str, verified: bool | None
+) -> None:
+    (tmp_path / "data").write_bytes(b"d" * 8192)
+    program = (
+        f"import mmap, os, time; fd = os.open({str(tmp_path / 'data')!r}, os.O_RDONLY | os.O_DIRECT)\n"
+        "buffer = mmap.mmap(-1, 8192); print('up', flush=True)\n"
+        "while True: os.preadv(fd, [buffer], 0); time.sleep(0.001)"
+    )
+    reader = start_program(
+        source, tmp_path, [sys.executable, "-c", program], status=tmp_path / "reader", wait=False
+    )
+    wait_until(lambda: "up" in reader.printed(), "the reader")
+    crossing = migrate(reader, destination, tmp_path, send=[f"--tracker={tracker}"])
+    assert crossing.completed["verified"] is verified

@@ -22,6 +22,8 @@ from tests.hosts import REPOSITORY, WAIT_S, Host, InsideProcess, wait_until
 
 AGENT_SEND = [sys.executable, "-m", "agent.cli.send"]
 AGENT_RECV = [sys.executable, "-m", "agent.cli.recv"]
+SETTLE_S = 2.0
+"""How long a pending signal may take to be delivered."""
 COMPLETED, FAILED, USAGE, UNDECIDED, REFUSED = range(5)
 _sockets = itertools.count(1)
 _pids = itertools.count(1)
@@ -268,15 +270,24 @@ def _after_failure(receiver: Receiver) -> Run:
 
 def traces_of(host: Host, pid: int) -> dict[str, object]:
     """What a failed or refused migration must not change about a process."""
-    status = host.proc(pid) / "status"
-    lines = status.read_text().splitlines()
-    kept = ("TracerPid", "SigPnd", "ShdPnd", "SigBlk", "SigIgn", "SigCgt", "Threads", "Seccomp")
     return {
-        "status": [line for line in lines if line.startswith(kept)],
+        "status": _settled_status(host.proc(pid) / "status"),
         "fds": sorted(os.listdir(host.proc(pid) / "fd")),
         "maps": (host.proc(pid) / "maps").read_bytes(),
         "exe": os.readlink(host.proc(pid) / "exe"),
     }
+
+
+def _settled_status(status: Path) -> list[str]:
+    # A timer's signal is pending for a moment; one that stays pending is the process's, or was left there.
+    kept = ("TracerPid", "SigPnd", "ShdPnd", "SigBlk", "SigIgn", "SigCgt", "Threads", "Seccomp")
+    deadline = time.monotonic() + SETTLE_S
+    while True:
+        lines = [line for line in status.read_text().splitlines() if line.startswith(kept)]
+        pending = [int(line.split()[1], 16) for line in lines if line.startswith(("SigPnd", "ShdPnd"))]
+        if not any(pending) or time.monotonic() > deadline:
+            return lines
+        time.sleep(0.001)
 
 
 __all__ = [

@@ -9,6 +9,7 @@ import os
 import signal
 import tempfile
 import threading
+import time
 
 import pytest
 
@@ -52,6 +53,9 @@ def test_protecting_scan_with_a_small_vector_protects_what_it_has_returned(vec_l
         assert tracked.scan(base, 64, **GET_WRITTEN) == []
 
 
+DEADLINE_S = 20
+
+
 def _count_for_ever(base: int) -> None:
     def count(index: int) -> None:
         while True:
@@ -81,6 +85,10 @@ def test_no_store_is_lost_between_looks(flags: int) -> None:
                 nr_reported += end - start
 
         for _ in range(NR_PASSES):
+            take()
+        # On a busy host the threads may not have had a CPU by then.
+        deadline = time.monotonic() + DEADLINE_S
+        while nr_reported <= nr_pages and time.monotonic() < deadline:
             take()
         os.kill(pid, signal.SIGSTOP)
         wait_for(lambda: read_stat(pid).state == "T", "the target to stop")

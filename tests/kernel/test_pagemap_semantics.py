@@ -22,7 +22,8 @@ from agent.kernel.pagemap import (
     PM_SCAN_WP_MATCHING,
     PagemapScanner,
 )
-from agent.procfs.stat import read_stat
+from agent.procfs.process import list_tids
+from agent.procfs.stat import read_stat, read_task_stat
 from tests.kernel.support import ANON, PAGE, SHARED_ANON, skip_unless, tracked_puppet, wait_for
 from tests.tracker import calls
 
@@ -91,7 +92,10 @@ def test_no_store_is_lost_between_looks(flags: int) -> None:
         while nr_reported <= nr_pages and time.monotonic() < deadline:
             take()
         os.kill(pid, signal.SIGSTOP)
-        wait_for(lambda: read_stat(pid).state == "T", "the target to stop")
+        wait_for(
+            lambda: all(read_task_stat(pid, tid).state == "T" for tid in list_tids(pid)),
+            "every thread of the target to stop",
+        )
         take()
         assert os.pread(mem, nr_pages * PAGE, base) == bytes(copy)
         assert any(copy) and nr_reported > nr_pages  # they did count meanwhile

@@ -14,7 +14,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NoReturn, TypeVar
 
 import pytest
 
@@ -41,7 +41,11 @@ def skip_unless(feature: str) -> None:
     features = kernel_features()
     if getattr(features, feature):
         return
-    reason = f"{feature} is missing: {features.reasons.get(feature, 'see agent.kernel.features')}"
+    skip_or_fail(f"{feature} is missing: {features.reasons.get(feature, 'see agent.kernel.features')}")
+
+
+def skip_or_fail(reason: str) -> NoReturn:
+    """Skip the test; with AGENT_TEST_FORCE=1 fail instead."""
     if os.environ.get("AGENT_TEST_FORCE") == "1":
         pytest.fail(reason)
     pytest.skip(reason)

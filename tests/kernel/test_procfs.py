@@ -17,7 +17,7 @@ from agent.kernel.libc import syscall
 from agent.kernel.syscalls import NR_recvfrom, NR_signalfd4, NR_timerfd_create
 from agent.procfs import fdinfo, files, maps, mountinfo, process, sched, smaps, stat, status
 from agent.procfs import syscall as proc_syscall
-from tests.kernel.support import PAGE, puppet, wait_for
+from tests.kernel.support import PAGE, puppet, skip_or_fail, wait_for
 
 
 def test_maps_and_smaps_tell_of_the_same_mappings() -> None:
@@ -130,7 +130,7 @@ def test_sleeper_tells_when_it_fell_asleep() -> None:
         child.wait_idle()
         first = sched.exec_start_ns(child.pid, child.pid)
         if first is None:
-            pytest.skip("kernel without CONFIG_SCHED_DEBUG")
+            skip_or_fail("kernel without CONFIG_SCHED_DEBUG")
         assert sched.exec_start_ns(child.pid, child.pid) == first
         child.run(os.getpid)
         child.wait_idle()

@@ -51,7 +51,9 @@ from protocol.state.timers import TimersState
 from tests.kernel.local_batch import LocalBatch
 
 T = TypeVar("T")
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+needs_root = pytest.mark.skipif(
+    os.geteuid() != 0 and os.environ.get("AGENT_TEST_FORCE") != "1", reason="needs root"
+)
 
 
 def in_child(function: Callable[[], T]) -> T:

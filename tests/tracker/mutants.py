@@ -186,7 +186,7 @@ def _zero_page_is_clean(tracker: SoftDirtyTracker) -> Tracker:
     return tracker
 
 
-def _deaf(kind: str) -> Breaks:
+def _deaf(kind: str, nothing: Callable[[], Any] = RangeSet) -> Breaks:
     # The reader's records of one kind are lost.
     def breaks(tracker: LogTracker) -> Tracker:
         arm = tracker.arm
@@ -195,7 +195,7 @@ def _deaf(kind: str) -> Breaks:
             arm()
             reader: Any = tracker._reader
             take = reader.take
-            reader.take = lambda: replace(take(), **{kind: RangeSet()})
+            reader.take = lambda: replace(take(), **{kind: nothing()})
 
         tracker.arm = armed  # type: ignore[method-assign]
         return tracker
@@ -207,6 +207,7 @@ LOG_FAULTS: dict[str, Fault] = {
     "loses records of stores": Fault(_deaf("stored"), "nothing changed is nothing to send"),
     "loses records of drops": Fault(_deaf("dropped"), "change: dropped"),
     "loses records of unmapping and moves": Fault(_deaf("replaced"), "change: mapped again at the same place"),
+    "loses records of forks": Fault(_deaf("nr_forks", int), "forks are counted where there are events"),
     "ignores what was not delivered": Fault(
         _patched(forget=lambda ranges: None), "what could not be delivered comes again"
     ),

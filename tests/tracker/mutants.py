@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -129,8 +129,10 @@ def _patched(**replacements: Any) -> Callable[[Any], Any]:
 
 class _Unchecked(PagemapScanner):
     # Untracked memory yields nothing instead of an error.
-    def scan(self, start: int, end: int, *, flags: int = 0, **masks: int) -> array[int]:
-        return super().scan(start, end, flags=flags & ~PM_SCAN_CHECK_WPASYNC, **masks)
+    def scan_each(
+        self, ranges: Iterable[tuple[int, int]], *, flags: int = 0, **masks: int
+    ) -> tuple[array[int], list[tuple[int, int]]]:
+        return super().scan_each(ranges, flags=flags & ~PM_SCAN_CHECK_WPASYNC, **masks)
 
 
 def _unregistered(tracker: ScanTracker) -> Tracker:
@@ -214,7 +216,9 @@ LOG_FAULTS: dict[str, Fault] = {
 }
 TRACKER_FAULTS: dict[str, dict[str, Fault]] = {
     "scan": {
-        "takes untracked memory for clean": Fault(_unregistered, "change: mapped over"),
+        "takes untracked memory for clean": Fault(
+            _unregistered, "what is mapped over is reported by the next round"
+        ),
         "leaves stale protection": Fault(
             _patched(_lift_stale=lambda new: None),
             "stores show after a move merged with a tracked neighbour",

@@ -113,6 +113,16 @@ def stores_show_after_a_move_merged_with_a_tracked_neighbour(target: Target) -> 
 
 
 @situation
+def what_is_mapped_over_is_reported_by_the_next_round(target: Target) -> None:
+    target.run("ctypes.memset(B, 7, 16 * P)")
+    target.tracker.arm()
+    target.round()
+    target.run(CHANGES["mapped over"])
+    assert 1 in target.round()
+    target.check()
+
+
+@situation
 def changed_while_it_was_delivered_and_back(target: Target) -> None:
     # What counts is what was delivered, not what was there when the tracker looked.
     target.run("ctypes.memset(B, 7, 16 * P)")

@@ -9,6 +9,7 @@ Must never write to the target. Addresses are target addresses or object offsets
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import time
 from array import array
@@ -30,6 +31,9 @@ from protocol.pages import PageBatch, PageEncoding, batch_buffers, check_batch
 
 CHUNK_BYTES = 512 << 10
 """Bytes read at a time: large enough to hide a call's cost, small enough to stay in L2 with what is sent."""
+
+EXPECT_BYTES = 2 << 20
+"""Shorter ranges are not announced: no huge page fits in."""
 
 _UNREADABLE = (errno.EFAULT, errno.EIO)
 
@@ -250,6 +254,12 @@ class PageSender:
             self._send_chunk(space_id, array("Q", map((-shift).__add__, got)), zeros, counters)
         self._send_bare(space_id, PageEncoding.ZERO, zeros, counters)
         return counters
+
+    def send_expected(self, space_id: int, pages: RangeSet) -> None:
+        """Announce what is long enough for the destination to get huge pages ready for it."""
+        is_long = map(EXPECT_BYTES.__le__, pages.lengths())
+        ranges = RangeSet.of(itertools.compress(zip(pages.starts, pages.ends), is_long))
+        self._send_bare(space_id, PageEncoding.EXPECT, ranges, PageCounters())
 
     def send_absent(self, space_id: int, ranges: RangeSet) -> PageCounters:
         """Tell the destination to drop what it holds in `ranges`."""

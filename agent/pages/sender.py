@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import operator
 import os
 import time
 from array import array
@@ -257,8 +258,9 @@ class PageSender:
 
     def send_expected(self, space_id: int, pages: RangeSet) -> None:
         """Announce what is long enough for the destination to get huge pages ready for it."""
-        is_long = map(EXPECT_BYTES.__le__, pages.lengths())
-        ranges = RangeSet.of(itertools.compress(zip(pages.starts, pages.ends), is_long))
+        starts, ends = pages.starts, pages.ends
+        is_long = map(EXPECT_BYTES.__le__, map(operator.sub, ends, starts))
+        ranges = RangeSet.of(itertools.compress(zip(starts, ends), is_long))
         self._send_bare(space_id, PageEncoding.EXPECT, ranges, PageCounters())
 
     def send_absent(self, space_id: int, ranges: RangeSet) -> PageCounters:

@@ -95,8 +95,8 @@ def _clipped(pairs: array[int], start: int, end: int) -> array[int]:
 
 
 def _pieces(left: array[int], right: array[int]) -> Iterator[tuple[array[int], array[int]]]:
-    # Both sets, cut at the same addresses into pieces of at most PIECE_RANGES of the larger one. A list of numbers takes
-    # five times the memory of an array: none is made of a whole set.
+    # Both sets, cut at the same addresses into pieces of at most PIECE_RANGES of the larger one. A list of numbers
+    # takes five times the memory of an array: none is made of a whole set.
     larger = left if len(left) >= len(right) else right
     low = 0
     for index in range(2 * PIECE_RANGES, len(larger), 2 * PIECE_RANGES):

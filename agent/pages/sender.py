@@ -12,7 +12,6 @@ import errno
 import itertools
 import operator
 import os
-import time
 from array import array
 from collections.abc import Callable
 from ctypes import addressof, c_char
@@ -215,6 +214,7 @@ class PageSender:
         """
         counters = PageCounters()
         zeros = RangeSet()
+        self._compress.begin()
         for pairs in Stream(pages.pairs).chunks(CHUNK_BYTES):
             got = self._reader.read_process(pid, pairs, counters.gone)
             self._show(on_read, got)
@@ -232,6 +232,7 @@ class PageSender:
         """Send pages of the object `fd`. Those beyond its end are left out and reported as gone."""
         counters = PageCounters()
         zeros = RangeSet()
+        self._compress.begin()
         for pairs in Stream(pages.pairs).chunks(CHUNK_BYTES):
             got = self._reader.read_file(fd, pairs, counters.gone)
             self._show(on_read, got)
@@ -248,6 +249,7 @@ class PageSender:
         """
         counters = PageCounters()
         zeros = RangeSet()
+        self._compress.begin()
         for pairs in Stream(pages.pairs).chunks(CHUNK_BYTES):
             gone = RangeSet()
             got = self._reader.read_process(pid, array("Q", map(shift.__add__, pairs)), gone)
@@ -330,6 +332,6 @@ class PageSender:
             self._limiter(nr_bytes + 16 * len(ranges))
         if self._on_batch is not None:
             self._on_batch(batch)
-        began = time.perf_counter()
         self._send_buffers(encode_frame(FrameType.PAGES, *batch_buffers(batch)))
-        self._compress.sent(nr_bytes, time.perf_counter() - began)
+        if nr_bytes:
+            self._compress.sent(batch.nr_bytes, nr_bytes)

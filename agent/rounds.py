@@ -16,6 +16,7 @@ from agent.errors import DumpError, RefusedError
 from agent.link import Link
 from agent.pages.sender import OnRead, PageCounters, PageSender
 from agent.procfs.maps import MapsEntry, parse_maps, read_maps
+from agent.procfs.status import read_status
 from agent.ranges import RangeSet
 from agent.report import RoundReport
 from agent.spaces import PROCESS_SPACE
@@ -116,6 +117,8 @@ class RoundSender:
         self._link.send(session.round_begin())
         if dirty.absent:
             self._sender.send_absent(PROCESS_SPACE, dirty.absent)
+        if number == 0 and read_status(self._target.pid).thp_enabled:
+            self._sender.send_expected(PROCESS_SPACE, dirty.pages)
         expected = dirty.pages.nr_bytes
         self._on_progress(number, 0, expected)
         counters = self._sender.send_process_pages(

@@ -127,7 +127,7 @@ class RoundSender:
         self._tracker.forget(counters.gone)
         pages_dirty = dirty.pages.nr_pages
         for key, ranges in dirty.shared.items():
-            pages_dirty += self._send_shared(key, ranges)
+            pages_dirty += self._send_shared(key, ranges, final=final)
         totals = session.round_end()
         self._link.send(totals)
         if not final and not self._link.recorded:
@@ -183,7 +183,7 @@ class RoundSender:
             described = SharedObjects(objects=tuple(changed.values()))
             self._link.send(encode_section("shmem", self._target.ns_pid, described))
 
-    def _send_shared(self, key: SharedKey, ranges: RangeSet | None) -> int:
+    def _send_shared(self, key: SharedKey, ranges: RangeSet | None, *, final: bool) -> int:
         """Send dirty content of an object; returns how many pages that was."""
         fd = self._tracker.shared_watch.fd_of(key)
         if fd is None:
@@ -198,7 +198,7 @@ class RoundSender:
             if self._witness is not None:
                 self._witness.dropped(key, absent)
         sent: PageCounters = self._sender.send_file_pages(
-            object_id, fd, pages, on_read=self._witnessed(key)
+            object_id, fd, pages, final=final, on_read=self._witnessed(key)
         )
         return sent.pages_sent
 

@@ -92,15 +92,24 @@ class AutoLevel:
         self._interval = MIN_INTERVAL_BYTES
         self._bytes_left = 0  # until the next trial
         self._next_s = 0.0
+        self._proven = False  # that the present level beats less of it
+        self._final = False
 
     @property
     def level(self) -> int:
         """zstd's level for the next batch, 0: raw."""
+        if self._final:
+            return LEVELS[self.index] if self._proven else 0
         return LEVELS[self.index if self._trial is None else self._trial]
 
-    def begin(self) -> None:
-        """The next batch does not follow the last one at once: what passed in between says nothing."""
+    def begin(self, *, final: bool) -> None:
+        """The next batch does not follow the last one at once: what passed in between says nothing.
+
+        ``final``: the target stands still and waits for the pages, so nothing is tried, and what was not proven to be
+        faster is left.
+        """
         self._stretch = None
+        self._final = final
 
     def packed(self, seconds: float, *, smaller: bool) -> None:
         """What compressing the batch that is about to be sent has cost and brought; if no smaller, it goes raw."""
@@ -117,6 +126,8 @@ class AutoLevel:
 
     def sent(self, page_bytes: int, wire_bytes: int, now_s: float, progress: LinkProgress | None) -> None:
         """A batch was handed to the kernel at ``now_s``."""
+        if self._final:
+            return
         if self._stretch is None:
             self._stretch = _Stretch(now_s, progress)  # what came before it is not known
             self._next_s = self._next_s or now_s + MAX_INTERVAL_S
@@ -145,6 +156,7 @@ class AutoLevel:
         waits = receiver_share >= RECEIVER_SHARE
         up = self.index + 1 < len(LEVELS) and not waits and compress_share < LARGE_SHARE
         down = self.index > 0 and (waits or compress_share > SMALL_SHARE)
+        self._proven |= not down
         if not up and not down:
             return False
         if not self._wins:  # else the same once more
@@ -162,12 +174,14 @@ class AutoLevel:
                 "Compression level %d instead of %d: %.0f MB/s instead of %.0f",
                 LEVELS[trial], LEVELS[self.index], rate / 1e6, self._rate / 1e6,
             )  # fmt: skip
+            self._proven = trial > self.index
             self.index, self._wins = trial, 0
             self._interval = self._bytes_left = MIN_INTERVAL_BYTES
         else:
             self._bytes_left = 0
 
     def _failed(self) -> None:
+        self._proven |= self._trial is not None and self._trial < self.index
         self._trial, self._wins = None, 0
         self._bytes_left = self._interval
         self._interval = min(2 * self._interval, MAX_INTERVAL_BYTES)

@@ -45,10 +45,10 @@ class Compressor:
         self._zstd = {each: zstandard.ZstdCompressor(level=each) for each in levels}
         self._hopeless = 0
 
-    def begin(self) -> None:
-        """Batches are about to follow one another."""
+    def begin(self, *, final: bool = False) -> None:
+        """Batches are about to follow one another; ``final``: the target stands still meanwhile."""
         if self._auto is not None:
-            self._auto.begin()
+            self._auto.begin(final=final)
 
     def sent(self, page_bytes: int, wire_bytes: int) -> None:
         """A batch was handed to the link: so many bytes of pages, in so many bytes."""

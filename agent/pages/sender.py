@@ -214,7 +214,7 @@ class PageSender:
         """
         counters = PageCounters()
         zeros = RangeSet()
-        self._compress.begin()
+        self._compress.begin(final=final)
         for pairs in Stream(pages.pairs).chunks(CHUNK_BYTES):
             got = self._reader.read_process(pid, pairs, counters.gone)
             self._show(on_read, got)
@@ -227,12 +227,18 @@ class PageSender:
         return counters
 
     def send_file_pages(
-        self, space_id: int, fd: int, pages: RangeSet, *, on_read: OnRead | None = None
+        self,
+        space_id: int,
+        fd: int,
+        pages: RangeSet,
+        *,
+        final: bool = False,
+        on_read: OnRead | None = None,
     ) -> PageCounters:
         """Send pages of the object `fd`. Those beyond its end are left out and reported as gone."""
         counters = PageCounters()
         zeros = RangeSet()
-        self._compress.begin()
+        self._compress.begin(final=final)
         for pairs in Stream(pages.pairs).chunks(CHUNK_BYTES):
             got = self._reader.read_file(fd, pairs, counters.gone)
             self._show(on_read, got)

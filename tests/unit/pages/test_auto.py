@@ -175,7 +175,7 @@ def test_pauses_between_rounds_are_nobodys_fault() -> None:
     for number in range(200):
         if number % 20 == 19:
             simulation._pass(5.0, auto.level)
-            auto.begin()
+            auto.begin(final=False)
         if auto.level:
             auto.packed(BATCH / 400e6, smaller=True)
         wire = simulation.send(auto.level)
@@ -212,3 +212,21 @@ def test_fixed_methods_do_as_they_are_told() -> None:
     assert Compressor("zstd").compress(random.Random(1).randbytes(BATCH)) is None
     with pytest.raises(ValueError, match="unknown"):
         Compressor("lz4")
+
+
+def test_final_pages_are_compressed_only_where_that_has_proved_faster() -> None:
+    for world, compresses in ((World(link=3000 * MB), False), (World(link=30 * MB), True)):
+        _seconds, auto = adaptive(world, 600)
+        auto.begin(final=True)
+        levels = set()
+        for number in range(100):
+            levels.add(auto.level)
+            auto.sent(BATCH, BATCH, 1000.0 + number, None)
+        (level,) = levels
+        assert (level > 0) == compresses, world
+
+
+def test_final_pages_of_a_small_process_go_raw() -> None:
+    auto = AutoLevel()
+    auto.begin(final=True)
+    assert auto.level == 0

@@ -11,6 +11,7 @@ import struct
 from typing import Final, NamedTuple
 
 _BYTES_ACKED: Final = 120
+_DELIVERY_RATE: Final = 160
 _BUSY_TIME: Final = 168
 _SIZE: Final = 192
 
@@ -23,6 +24,8 @@ class LinkProgress(NamedTuple):
     """While there was something to send."""
     receiver_limited_us: int
     """Of these, while the receiver's window was closed: it does not read fast enough."""
+    delivery_rate: int
+    """Bytes a second, lately, while it had something to send."""
 
 
 def read_progress(sock: socket.socket) -> LinkProgress | None:
@@ -34,4 +37,5 @@ def read_progress(sock: socket.socket) -> LinkProgress | None:
     if len(info) < _SIZE:
         return None
     (acked,) = struct.unpack_from("<Q", info, _BYTES_ACKED)
-    return LinkProgress(acked, *struct.unpack_from("<QQ", info, _BUSY_TIME))
+    rate, busy_us, limited_us = struct.unpack_from("<QQQ", info, _DELIVERY_RATE)
+    return LinkProgress(acked, busy_us, limited_us, rate)

@@ -41,6 +41,8 @@ MIN_INTERVAL_BYTES: Final = 16 << 20
 MAX_INTERVAL_BYTES: Final = 512 << 20
 """From one trial to the next; doubled by each that fails. On a slow link every MAX_INTERVAL_S at least."""
 MAX_INTERVAL_S: Final = 10.0
+FAST_LINK_BYTES_PER_S: Final = 200e6
+"""Level 1 makes about twice that a thread, before it is decompressed."""
 RECEIVER_SHARE: Final = 0.5
 """Share of the time with a closed window from which on the receiver is what all wait for."""
 SMALL_SHARE: Final = 0.25
@@ -94,22 +96,26 @@ class AutoLevel:
         self._next_s = 0.0
         self._proven = False  # that the present level beats less of it
         self._final = False
+        self._last: LinkProgress | None = None
 
     @property
     def level(self) -> int:
         """zstd's level for the next batch, 0: raw."""
         if self._final:
-            return LEVELS[self.index] if self._proven else 0
+            return LEVELS[self.index] if self._proven and not self._is_fast_link() else 0
         return LEVELS[self.index if self._trial is None else self._trial]
 
     def begin(self, *, final: bool) -> None:
         """The next batch does not follow the last one at once: what passed in between says nothing.
 
         ``final``: the target stands still and waits for the pages, so nothing is tried, and what was not proven to be
-        faster is left.
+        faster is left. So it is on a fast link: even where compressing makes all pages arrive sooner, since there are
+        that many, the few of the end only wait for it.
         """
         self._stretch = None
         self._final = final
+        if final:
+            _log.debug("Final pages at compression level %d (%s)", self.level, self._last)
 
     def packed(self, seconds: float, *, smaller: bool) -> None:
         """What compressing the batch that is about to be sent has cost and brought; if no smaller, it goes raw."""
@@ -128,6 +134,7 @@ class AutoLevel:
         """A batch was handed to the kernel at ``now_s``."""
         if self._final:
             return
+        self._last = progress
         if self._stretch is None:
             self._stretch = _Stretch(now_s, progress)  # what came before it is not known
             self._next_s = self._next_s or now_s + MAX_INTERVAL_S
@@ -151,6 +158,9 @@ class AutoLevel:
         else:
             self._failed()
         self._stretch = _Stretch(now_s, progress)
+
+    def _is_fast_link(self) -> bool:
+        return self._last is not None and self._last.delivery_rate > FAST_LINK_BYTES_PER_S
 
     def _choose_trial(self, receiver_share: float, compress_share: float) -> bool:
         waits = receiver_share >= RECEIVER_SHARE

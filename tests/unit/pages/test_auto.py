@@ -76,7 +76,7 @@ class Simulation:
         if not self.world.knows:
             return None
         acked = int(self.written - self.queued)
-        return LinkProgress(acked, int(self.busy_s * 1e6), int(self.receiver_s * 1e6))
+        return LinkProgress(acked, int(self.busy_s * 1e6), int(self.receiver_s * 1e6), int(self.world.link))
 
 
 def fixed(world: World, level: int, nr: int) -> float:

@@ -10,6 +10,8 @@ nor is a sender that does little but compress: then nothing is tried upwards. Wh
 time, less of it cannot help: then nothing is tried downwards. Data that does not shrink ends a trial with its first
 batch. Trials that fail get rarer.
 
+A link that is faster than any compression gets raw pages without a trial.
+
 It begins with level 1: on a fast link that costs some ten milliseconds, while raw pages that fill the buffers of a slow
 one cost seconds.
 
@@ -43,6 +45,8 @@ MAX_INTERVAL_BYTES: Final = 512 << 20
 MAX_INTERVAL_S: Final = 10.0
 FAST_LINK_BYTES_PER_S: Final = 200e6
 """Level 1 makes about twice that a thread, before it is decompressed."""
+IDLE_LINK_BYTES_PER_S: Final = 600e6
+"""A link that takes more than this waits for the hosts, packed pages or not."""
 RECEIVER_SHARE: Final = 0.5
 """Share of the time with a closed window from which on the receiver is what all wait for."""
 SMALL_SHARE: Final = 0.25
@@ -102,7 +106,7 @@ class AutoLevel:
     def level(self) -> int:
         """zstd's level for the next batch, 0: raw."""
         if self._final:
-            return LEVELS[self.index] if self._proven and not self._is_fast_link() else 0
+            return LEVELS[self.index] if self._proven and not self._takes(FAST_LINK_BYTES_PER_S) else 0
         return LEVELS[self.index if self._trial is None else self._trial]
 
     def begin(self, *, final: bool) -> None:
@@ -135,6 +139,10 @@ class AutoLevel:
         if self._final:
             return
         self._last = progress
+        if self._takes(IDLE_LINK_BYTES_PER_S):
+            # What the peer has acknowledged it has not placed yet, and of well packed pages its buffers hold seconds.
+            self.index, self._trial, self._stretch = 0, None, None
+            return
         if self._stretch is None:
             self._stretch = _Stretch(now_s, progress)  # what came before it is not known
             self._next_s = self._next_s or now_s + MAX_INTERVAL_S
@@ -159,8 +167,9 @@ class AutoLevel:
             self._failed()
         self._stretch = _Stretch(now_s, progress)
 
-    def _is_fast_link(self) -> bool:
-        return self._last is not None and self._last.delivery_rate > FAST_LINK_BYTES_PER_S
+    def _takes(self, bytes_per_s: float) -> bool:
+        """Whether the link is known to be faster than that."""
+        return self._last is not None and self._last.delivery_rate > bytes_per_s
 
     def _choose_trial(self, receiver_share: float, compress_share: float) -> bool:
         waits = receiver_share >= RECEIVER_SHARE

@@ -28,7 +28,7 @@ from agent.state.mm import dump_mm, plan_brk
 from agent.state.sched import bound_cpus
 from agent.state.task import TaskDump
 from agent.target.inject import Batch, Injector
-from agent.target.tracer import TracedThread, Tracer
+from agent.target.tracer import Tracer
 from protocol.state import encode_section
 from protocol.state.guards import GuardsState
 from protocol.state.limits import NR_LIMITS, RLIM_INFINITY, LimitsState, ResourceLimit
@@ -100,26 +100,36 @@ def _running_threads(pid: int) -> Iterator[Status]:
                 raise
 
 
-def send_task(link: Link, target: Target, tracer: Tracer, threads: list[TracedThread]) -> int:
-    """Dump and send threads and process; every thread is stopped under this thread's ptrace.
+class TaskSender:
+    """Dumps and sends threads and process; made, at some expense, while the target still runs."""
 
-    Runs calls in the threads, which changes memory here and there (rseq areas, remainders of sleeps): the last
-    look at memory must come later. Returns the program break; notes the memory policies of mappings in the target.
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._dump = TaskDump(target.ctx, self._add_calls)
 
-    :raises MigrationError: something cannot be dumped; nothing was changed.
-    """
-    dump = TaskDump(target.ctx, tracer)
-    batches = {thread.tid: Batch() for thread in threads}
-    leader = batches[target.pid]
-    brk = plan_brk(leader)
-    policies = plan_policies(leader, target.pid) if target.policy_nodes is not None else dict
-    dump.plan(batches)
-    with Injector(tracer) as injector:
-        injector.run_parallel(batches)
-        task = dump.state()
-    target.policies = policies()
-    link.send_all(encode_section(*section) for section in task.sections())
-    return brk.value
+    def _add_calls(self, leader: Batch) -> None:
+        target = self._target
+        self._brk = plan_brk(leader)
+        self._policies = dict if target.policy_nodes is None else plan_policies(leader, target.pid)
+
+    def send(self, link: Link, tracer: Tracer) -> int:
+        """Every thread is stopped under this thread's ptrace: dump all, and send it.
+
+        Runs calls in the threads, which changes memory here and there (rseq areas, remainders of sleeps): the last
+        look at memory must come later. Returns the program break; notes the memory policies of mappings in the target.
+
+        :raises MigrationError: something cannot be dumped; nothing was changed.
+        """
+        target, dump = self._target, self._dump
+        # Policies are asked for by mapping.
+        batches = dump.plan(tracer, anew=target.policy_nodes is not None)
+        with Injector(tracer) as injector:
+            injector.run_parallel(batches, meanwhile=dump.look())
+            task = dump.state()
+            target.policies = self._policies()
+            brk = self._brk.value
+        link.send_all(encode_section(*section) for section in task.sections())
+        return brk
 
 
 def send_mm(link: Link, target: Target, *, brk: int) -> None:

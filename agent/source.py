@@ -40,10 +40,10 @@ from agent.report import CompletedReport, PhaseClock, Reporter, RoundReport, dow
 from agent.resolve import resolve
 from agent.rounds import RoundSender
 from agent.session_store import SessionStore
-from agent.snapshot import send_guards, send_mm, send_plan, send_pre_dump, send_task
+from agent.snapshot import TaskSender, send_guards, send_mm, send_plan, send_pre_dump
 from agent.state.files import dump_files, has_direct_io
 from agent.state.inetsk import reset_connections
-from agent.target.tracer import TracedThread, Tracer
+from agent.target.tracer import Tracer
 from agent.tracker.base import Tracker
 from agent.tracker.choose import REFERENCE, Choice, choose_tracker
 from agent.tracker.create import create_tracker
@@ -282,6 +282,7 @@ class _Migration:
                 break
         self._wait_for_children()
         rounds.learn_flags()
+        self.task_sender = TaskSender(self.target)
         self._record(link)
         if not link.recorded:
             send_pre_dump(link, self.target)
@@ -332,22 +333,20 @@ class _Migration:
             for _attempt in range(FREEZE_ATTEMPTS):
                 with Tracer(self.target.pid) as tracer:
                     with self._phase("freeze", frozen=True):
-                        threads = tracer.stop_all()
+                        tracer.stop_all()
                     if list_children(self.target.pid):
                         # It forked after the last look: let both go on, and wait for the child again.
                         tracer.detach_all()
                         self._wait_for_children()
                         rounds.learn_flags()
                         continue
-                    self._send_final(link, rounds, tracer, threads)
+                    self._send_final(link, rounds, tracer)
                     return self._finish(link, tracer, tracker)
             raise SetupError(f"Process {self.target.pid} keeps starting child processes")
 
-    def _send_final(
-        self, link: Link, rounds: RoundSender, tracer: Tracer, threads: list[TracedThread]
-    ) -> None:
+    def _send_final(self, link: Link, rounds: RoundSender, tracer: Tracer) -> None:
         with self._phase("task", frozen=True):
-            brk = send_task(link, self.target, tracer, threads)
+            brk = self.task_sender.send(link, tracer)
             send_mm(link, self.target, brk=brk)
         with self._phase("files", frozen=True):
             # Before the last look at memory: it shows which objects are open.

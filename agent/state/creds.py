@@ -46,7 +46,6 @@ from agent.kernel.syscalls import (
     NR_setresgid,
     NR_setresuid,
 )
-from agent.procfs.files import read_bytes
 from agent.procfs.status import Status, read_status
 from agent.types import Obstacle
 from protocol.state.creds import CredState
@@ -129,13 +128,10 @@ def _parse_creds(ids: bytes, caps: bytes, securebits: int) -> CredState:
         raise ValueError(f"Not a status file: field {err} is missing") from err
 
 
-def plan_creds(batch: Batch, pid: int, tid: int) -> Callable[[], CredState]:
-    """Add the calls that, with its status file, give the credentials of the thread that runs
-    ``batch``.
-    """
-    text = read_bytes(f"/proc/{pid}/task/{tid}/status")
+def plan_creds(batch: Batch) -> Callable[[bytes], CredState]:
+    """Add the call that, with its status file, gives the credentials of the thread that runs ``batch``."""
     bits = batch.call(NR_prctl, PR_GET_SECUREBITS, name="prctl(PR_GET_SECUREBITS)")
-    return lambda: parse_creds(text, bits.value)
+    return lambda status: parse_creds(status, bits.value)
 
 
 def _capset(batch: Batch, effective: int, permitted: int, inheritable: int) -> None:

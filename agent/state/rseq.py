@@ -10,17 +10,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from agent.kernel import ptrace
 from agent.kernel.syscalls import NR_rseq
 from protocol.state.thread import RseqState
 
 if TYPE_CHECKING:
     from agent.target.inject import Batch
+    from agent.target.tracer import TracedThread
 
 
-def read_rseq(tid: int) -> RseqState | None:
+def read_rseq(thread: TracedThread) -> RseqState | None:
     """Return the rseq area that a stopped thread has registered, if any."""
-    config = ptrace.get_rseq_configuration(tid)
+    config = thread.rseq
     if config is None:
         return None
     return RseqState(addr=config.addr, size=config.size, sig=config.sig, flags=config.flags)

@@ -1,9 +1,9 @@
 """A whole task, dumped and restored: one process with all its threads, without its memory and
 files.
 
-TaskDump adds everything to the batches of a stopped process, so that one injected run reads it
-all; TaskRestore has one method per step of the order that process.py documents. Neither runs a
-batch: the source and the destination do. ``host_tid`` and ``host_pid`` are as the agent sees them;
+TaskDump prepares batches, so that one injected run reads everything of a stopped process;
+TaskRestore has one method per step of the order that process.py documents. Neither runs a batch:
+the source and the destination do. ``host_tid`` and ``host_pid`` are as the agent sees them;
 ids in states are the process's own.
 """
 
@@ -14,7 +14,7 @@ import logging
 import signal
 import struct
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,7 @@ from agent.kernel.syscalls import NR_clone3
 from agent.procfs.files import read_bytes
 from agent.procfs.process import list_tids
 from agent.procfs.status import Status, read_status, read_task_status
-from agent.procfs.timers import PosixTimer, read_timers
+from agent.procfs.timers import read_timers
 from agent.state.creds import check_creds_restore, creds_of, own_securebits, own_status
 from agent.state.limits import (
     check_limits_restore,
@@ -43,6 +43,7 @@ from agent.state.limits import (
 from agent.state.process import (
     dumpable_call,
     plan_process,
+    read_process_files,
     restore_process_calls,
     session_calls,
     thp_call,
@@ -63,12 +64,13 @@ from agent.state.signals import (
     restore_shared_pending_calls,
 )
 from agent.state.thread import (
-    ThreadDump,
+    ThreadCalls,
+    ThreadStudy,
     peek_private_pending,
     peek_shared_pending,
-    plan_thread,
     restore_thread_calls,
     restore_thread_ptrace,
+    study_thread,
 )
 from agent.state.timers import (
     arm_timers_calls,
@@ -78,6 +80,7 @@ from agent.state.timers import (
     settle_expired,
 )
 from agent.target.batch import Batch, Call
+from agent.target.template import Copy, Template
 from agent.types import Obstacle, Tid
 from protocol.state.limits import LimitsState
 from protocol.state.process import ProcessState
@@ -168,41 +171,63 @@ def warm_up() -> None:
 
 
 class TaskDump:
-    """The dump of one process whose threads ``tracer`` has all stopped: plan(), run the batches,
-    then state().
+    """The dump of one process. Prepared while it runs; once all its threads are stopped: plan(), run the batches,
+    with the steps of look() meanwhile or afterwards, then state().
+
+    ``also`` adds further calls to the leader's batch. It is called again when those that are prepared do not fit.
     """
 
-    def __init__(self, ctx: DumpContext, tracer: Tracer) -> None:
-        pid = self._pid = ctx.pid
-        self._threads = sorted(tracer.threads.values(), key=lambda t: (t.tid != pid, t.tid))
-        self._memory = tracer.memory
-        # Which of the stopping signals it was makes no difference any more: SIGCONT ends each.
-        stopped = any(thread.in_group_stop for thread in self._threads)
-        self._stop_signal = int(signal.SIGSTOP) if stopped else 0
-        self._planned_ns = 0
-        self._thread_parts: list[Callable[[], ThreadDump]] = []
+    def __init__(self, ctx: DumpContext, also: Callable[[Batch], object] = lambda batch: None) -> None:
+        self._pid = ctx.pid
+        self._also = also
         self._state: TaskState | None = None
+        self._host_tids: dict[int, int] = {}
+        self._planned_ns = 0
+        self._studies: list[ThreadStudy] = []
+        self._copies: dict[int, Copy] = {}
+        self._statuses: dict[int, bytes] = {}
+        self._prepare()
 
-    def plan(self, batches: Mapping[int, Batch]) -> None:
-        """Read what ptrace and /proc know, and add calls to the batch of every thread, by host
-        tid.
-        """
-        self._planned_ns = time.monotonic_ns()
-        # What remains of a thread's sleep is measured from the clock, so before anything else takes
-        # time.
-        self._thread_parts = [
-            plan_thread(batches[thread.tid], self._pid, thread, self._memory)
-            for thread in self._threads
-        ]
-        leader = batches[self._pid]
-        # Timers first: settle_expired() counts on the queues being read after them.
-        self._made_timers: list[PosixTimer] = read_timers(self._pid)
-        self._host_tids = {thread.tid: 0 for thread in self._threads}
+    def _prepare(self) -> None:
+        """Lay out the calls of the leader and those of each other thread."""
+        leader, others = Batch(), Batch()
+        self._of_leader, self._of_others = ThreadCalls(leader), ThreadCalls(others)
+        self._made_timers = read_timers(self._pid)
         self._timers = plan_timers(leader, self._made_timers, self._host_tids)
-        status = read_bytes(f"/proc/{self._pid}/status")
-        self._process = plan_process(leader, self._pid, status, stop_signal=self._stop_signal)
-        self._limits = dump_limits(self._pid)
+        self._process = plan_process(leader, self._pid)
         self._actions = plan_actions(leader)
+        self._also(leader)
+        self._leader, self._others = Template(leader), Template(others)
+
+    def plan(self, tracer: Tracer, *, anew: bool = False) -> Mapping[int, Copy]:
+        """Ask ptrace about the stopped threads; return the batches to run, by host tid, the leader's first.
+
+        ``anew``: what ``also`` adds may be another thing by now.
+        """
+        if anew or read_timers(self._pid) != self._made_timers:
+            self._prepare()
+        self._state = None
+        self._planned_ns = time.monotonic_ns()
+        threads = sorted(tracer.threads.values(), key=lambda t: (t.tid != self._pid, t.tid))
+        # Which of the stopping signals it was makes no difference any more: SIGCONT ends each.
+        stopped = any(thread.in_group_stop for thread in threads)
+        self._stop_signal = int(signal.SIGSTOP) if stopped else 0
+        # What remains of a thread's sleep is measured from the clock, so before anything else takes time.
+        self._studies = [study_thread(thread, tracer.memory) for thread in threads]
+        self._copies = {
+            thread.tid: (self._leader if thread.tid == self._pid else self._others).copy() for thread in threads
+        }
+        return self._copies
+
+    def look(self) -> Iterator[object]:
+        """Read what /proc shows, step by step."""
+        for study in self._studies:
+            tid = study.thread.tid
+            self._statuses[tid] = read_bytes(f"/proc/{self._pid}/task/{tid}/status")
+            yield tid
+        self._files = read_process_files(self._pid, self._statuses[self._pid])
+        yield self._files
+        self._limits = dump_limits(self._pid)
 
     def state(self) -> TaskState:
         """Return everything, after the batches have run; the threads must still be stopped."""
@@ -210,32 +235,29 @@ class TaskDump:
             self._state = self._collect()
         return self._state
 
-    def process_state(self) -> ProcessState:
-        """Return the process's part of state()."""
-        return self.state().process
-
-    def thread_states(self) -> list[ThreadState]:
-        """Return the threads' part of state(), the leader first."""
-        return list(self.state().threads)
-
     def _collect(self) -> TaskState:
-        parts = [collect() for collect in self._thread_parts]
-        self._host_tids.update({part.host_tid: part.tid for part in parts})
-        shared: tuple[bytes, ...] = ()
-        if any(part.has_pending for part in parts):
-            shared = peek_shared_pending(self._pid)
-        private = {
-            part.host_tid: peek_private_pending(thread, queued=part.has_pending)
-            for part, thread in zip(parts, self._threads, strict=True)
-        }
-        everything = [info for queue in (shared, *private.values()) for info in queue]
+        parts = []
+        for study in self._studies:
+            tid = study.thread.tid
+            self._copies[tid].load()
+            calls = self._of_leader if tid == self._pid else self._of_others
+            parts.append(calls.collect(study, self._statuses[tid]))
+        self._host_tids.update({part.thread.tid: part.tid for part in parts})
+        # Looked at after the timers were read, as settle_expired() wants it. A timer that went off in between has
+        # queued its signal for the process, or for the thread it names, behind the back of the calls.
+        named = {timer.target for timer in self._made_timers if timer.is_tid}
+        shared = peek_shared_pending(self._pid)
+        private = [
+            peek_private_pending(part.thread, queued=part.has_pending or part.thread.tid in named) for part in parts
+        ]
+        everything = [info for queue in (shared, *private) for info in queue]
         window_ns = time.monotonic_ns() - self._planned_ns
         return TaskState(
-            process=self._process(),
+            process=self._process(self._files, self._stop_signal),
             limits=self._limits,
             signals=SignalsState(actions=self._actions(), pending=shared),
             timers=settle_expired(self._timers(), everything, window_ns),
-            threads=tuple(part.finish(private.get(part.host_tid, ())) for part in parts),
+            threads=tuple(part.finish(pending=queue) for part, queue in zip(parts, private, strict=True)),
         )
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from agent.errors import DumpError, RestoreError
@@ -75,13 +76,14 @@ from agent.target.restart import (
     note_restart,
     rearm_restart_block,
 )
-from protocol.state.thread import ThreadState
+from protocol.state.thread import RseqState, ThreadState
 
 if TYPE_CHECKING:
     from agent.target.inject import Batch, Injector
     from agent.target.memory import TargetMemory
     from agent.target.tracer import TracedThread, Tracer
     from protocol.state.creds import CredState
+    from protocol.state.restart import RestartState
 
 _XCR0_OFFSET: Final = 464
 _NAME_BYTES: Final = 16
@@ -101,21 +103,27 @@ _HEAD, _LENGTH, _TID_ADDRESS, _PENDING, _PDEATH, _TSC, _NAME = 0, 8, 16, 24, 32,
 class ThreadDump:
     """A thread whose calls have run: what they said, and what ptrace has to add."""
 
-    host_tid: int
+    thread: TracedThread
     tid: int
     has_pending: bool
-    """Whether a signal is queued for this thread or for the whole process."""
-    finish: Callable[[tuple[bytes, ...]], ThreadState]
-    """Makes the state, given the thread's own queued signals."""
+    """Whether a signal was queued for this thread or for the whole process."""
+    finish: Callable[..., ThreadState]
+    """Makes the state, given ``pending``, the thread's own queued signals."""
 
 
-def plan_thread(
-    batch: Batch, pid: int, thread: TracedThread, memory: TargetMemory
-) -> Callable[[], ThreadDump]:
-    """Read by ptrace what only ptrace knows, and add the calls for the rest to the thread's
-    ``batch``.
+@dataclass(frozen=True, slots=True)
+class ThreadStudy:
+    """What ptrace tells of a stopped thread, and how an interrupted call of it goes on elsewhere."""
 
-    The registers are taken when the result is asked for: the injector may have to correct them.
+    thread: TracedThread
+    regs: user_regs_struct
+    restart: RestartState | None
+    rseq: RseqState | None
+    xstate: bytes
+
+
+def study_thread(thread: TracedThread, memory: TargetMemory) -> ThreadStudy:
+    """Read by ptrace what only ptrace knows of a stopped thread, before anything runs in it.
 
     :raises DumpError: the thread runs 32-bit code, or handles its own system calls.
     """
@@ -130,61 +138,64 @@ def plan_thread(
         )
     leave_rseq_section(thread, memory)  # before its registers are looked at
     regs, restart = dump_restart(thread, memory)
-    rseq = read_rseq(tid)
-    xstate = ptrace.getregset(tid, NT_X86_XSTATE)
+    return ThreadStudy(thread, regs, restart, read_rseq(thread), ptrace.getregset(tid, NT_X86_XSTATE))
 
-    out = batch.buffer(_OUT.size)
-    own = batch.call(NR_gettid, name="gettid")
-    batch.call(NR_rt_sigpending, out.at(_PENDING), SIGSET_BYTES, name="rt_sigpending")
-    batch.call(NR_get_robust_list, 0, out.at(_HEAD), out.at(_LENGTH), name="get_robust_list")
-    batch.call(NR_prctl, PR_GET_TID_ADDRESS, out.at(_TID_ADDRESS), name="prctl(GET_TID_ADDRESS)")
-    batch.call(NR_prctl, PR_GET_PDEATHSIG, out.at(_PDEATH), name="prctl(PR_GET_PDEATHSIG)")
-    batch.call(NR_prctl, PR_GET_TSC, out.at(_TSC), name="prctl(PR_GET_TSC)")
-    batch.call(NR_prctl, PR_GET_NAME, out.at(_NAME), name="prctl(PR_GET_NAME)")
-    personality = batch.call(NR_personality, _PERSONALITY_QUERY, name="personality")
-    mce_kill = batch.call(NR_prctl, PR_MCE_KILL_GET, name="prctl(PR_MCE_KILL_GET)")
-    cpuid = batch.call(NR_arch_prctl, ARCH_GET_CPUID, 0, name="arch_prctl", check=False)
-    # Asking needs CAP_SYS_RESOURCE; who lacks it cannot have set it either.
-    flusher = batch.call(NR_prctl, PR_GET_IO_FLUSHER, name="prctl(IO_FLUSHER)", check=False)
-    speculation = [
-        batch.call(NR_prctl, PR_GET_SPECULATION_CTRL, which, name="prctl(SPECULATION)", check=False)
-        for which in _SPECULATIONS
-    ]
-    altstack = plan_altstack(batch)
-    sched = plan_sched(batch)
-    creds = plan_creds(batch, pid, tid)
 
-    def collect() -> ThreadDump:
-        head, length, tid_address, pending, pdeath, tsc, name = _OUT.unpack(out.read())
+class ThreadCalls:
+    """The calls that a thread makes to be dumped, the same in every thread, added to ``batch``."""
 
-        def finish(private: tuple[bytes, ...]) -> ThreadState:
-            return ThreadState(
-                tid=own.value,
-                name=name.partition(b"\0")[0],
-                regs=bytes(regs),
-                restart=restart,
-                xstate=xstate,
-                sigmask=thread.sigmask,
-                altstack=altstack(),
-                pending=private,
-                robust_list_head=head,
-                robust_list_length=length,
-                clear_child_tid=tid_address,
-                rseq=rseq,
-                pdeath_signal=pdeath,
-                personality=personality.value,
-                mce_kill=mce_kill.value,
-                tsc_mode=tsc,
-                cpuid_enabled=cpuid.result != 0,
-                io_flusher=flusher.result == 1,
-                sched=sched(),
-                creds=creds(),
-                speculation=(_chosen(speculation[0].result), _chosen(speculation[1].result)),
-            )
+    def __init__(self, batch: Batch) -> None:
+        out = self._out = batch.buffer(_OUT.size)
+        self._own = batch.call(NR_gettid, name="gettid")
+        batch.call(NR_rt_sigpending, out.at(_PENDING), SIGSET_BYTES, name="rt_sigpending")
+        batch.call(NR_get_robust_list, 0, out.at(_HEAD), out.at(_LENGTH), name="get_robust_list")
+        batch.call(NR_prctl, PR_GET_TID_ADDRESS, out.at(_TID_ADDRESS), name="prctl(GET_TID_ADDRESS)")
+        batch.call(NR_prctl, PR_GET_PDEATHSIG, out.at(_PDEATH), name="prctl(PR_GET_PDEATHSIG)")
+        batch.call(NR_prctl, PR_GET_TSC, out.at(_TSC), name="prctl(PR_GET_TSC)")
+        batch.call(NR_prctl, PR_GET_NAME, out.at(_NAME), name="prctl(PR_GET_NAME)")
+        self._personality = batch.call(NR_personality, _PERSONALITY_QUERY, name="personality")
+        self._mce_kill = batch.call(NR_prctl, PR_MCE_KILL_GET, name="prctl(PR_MCE_KILL_GET)")
+        self._cpuid = batch.call(NR_arch_prctl, ARCH_GET_CPUID, 0, name="arch_prctl", check=False)
+        # Asking needs CAP_SYS_RESOURCE; who lacks it cannot have set it either.
+        self._flusher = batch.call(NR_prctl, PR_GET_IO_FLUSHER, name="prctl(IO_FLUSHER)", check=False)
+        self._speculation = [
+            batch.call(NR_prctl, PR_GET_SPECULATION_CTRL, which, name="prctl(SPECULATION)", check=False)
+            for which in _SPECULATIONS
+        ]
+        self._altstack = plan_altstack(batch)
+        self._sched = plan_sched(batch)
+        self._creds = plan_creds(batch)
 
-        return ThreadDump(tid, own.value, pending != 0, finish)
+    def collect(self, study: ThreadStudy, status: bytes) -> ThreadDump:
+        """Return the dump of the thread whose results the batch shows; ``status`` is its status file.
 
-    return collect
+        The registers must be those of ``study`` until then: the injector may have to correct them.
+        """
+        head, length, tid_address, pending, pdeath, tsc, name = _OUT.unpack(self._out.read())
+        state = partial(
+            ThreadState,
+            tid=self._own.value,
+            name=name.partition(b"\0")[0],
+            regs=bytes(study.regs),
+            restart=study.restart,
+            xstate=study.xstate,
+            sigmask=study.thread.sigmask,
+            altstack=self._altstack(),
+            robust_list_head=head,
+            robust_list_length=length,
+            clear_child_tid=tid_address,
+            rseq=study.rseq,
+            pdeath_signal=pdeath,
+            personality=self._personality.value,
+            mce_kill=self._mce_kill.value,
+            tsc_mode=tsc,
+            cpuid_enabled=self._cpuid.result != 0,
+            io_flusher=self._flusher.result == 1,
+            sched=self._sched(),
+            creds=self._creds(status),
+            speculation=(_chosen(self._speculation[0].result), _chosen(self._speculation[1].result)),
+        )
+        return ThreadDump(study.thread, self._own.value, pending != 0, state)
 
 
 def _chosen(control: int) -> int:

@@ -58,6 +58,11 @@ class Blob:
         """Addresses to be filled in: (offset, what)."""
 
     @property
+    def has_content(self) -> bool:
+        """Whether it is more than zeros for the kernel to fill."""
+        return bool(self._content or self.patches)
+
+    @property
     def address(self) -> int:
         """Its target address; known only while and after it runs."""
         if self._address is None:

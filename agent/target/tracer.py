@@ -99,6 +99,7 @@ class TracedThread:
         self._regs: user_regs_struct | None = None
         self._sigmask: int | None = None
         self._siginfo: bytes | None = None
+        self._rseq: list[ptrace.RseqConfiguration | None] = []
         self._regs_changed = False
         self.settled = False
         """Whether restart.settle() has seen this stop."""
@@ -119,6 +120,13 @@ class TracedThread:
         if self._sigmask is None:
             self._sigmask = ptrace.getsigmask(self.tid)
         return self._sigmask
+
+    @property
+    def rseq(self) -> ptrace.RseqConfiguration | None:
+        """The registered rseq area at the stop, if any."""
+        if not self._rseq:
+            self._rseq.append(ptrace.get_rseq_configuration(self.tid))
+        return self._rseq[0]
 
     @property
     def pending_siginfo(self) -> list[bytes]:
@@ -148,6 +156,7 @@ class TracedThread:
         self._regs = None
         self._sigmask = None
         self._siginfo = None
+        self._rseq.clear()
         self._regs_changed = False
         self.settled = False
         self.pending_stop_signal = 0

@@ -146,10 +146,8 @@ def dump(tracer: Tracer, *, crash_safe: bool = True) -> TaskState:
 
 
 def dump_with(tracer: Tracer, injector: Injector) -> TaskState:
-    batches = {int(tid): Batch() for tid in tracer.threads}
-    task = TaskDump(context_of(tracer.pid), tracer)
-    task.plan(batches)
-    injector.run_parallel(batches)
+    task = TaskDump(context_of(tracer.pid))
+    injector.run_parallel(task.plan(tracer), meanwhile=task.look())
     return task.state()
 
 

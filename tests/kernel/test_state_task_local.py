@@ -13,6 +13,7 @@ import struct
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import pytest
@@ -29,6 +30,7 @@ from agent.state.limits import dump_limits, restore_limits_calls
 from agent.state.process import (
     dumpable_call,
     plan_process,
+    read_process_files,
     restore_process_calls,
 )
 from agent.state.sched import plan_sched, restore_sched_calls
@@ -292,7 +294,7 @@ def test_periodic_alarm_with_queued_signal_keeps_its_period() -> None:
 
 
 def dump_creds() -> CredState:
-    return dump(lambda batch: plan_creds(batch.typed(), os.getpid(), os.getpid()))
+    return dump(lambda batch: partial(plan_creds(batch.typed()), read_bytes("/proc/self/status")))
 
 
 def restored_creds(state: CredState) -> CredState:
@@ -361,9 +363,8 @@ def test_equal_credentials_need_no_call() -> None:
 
 def dump_process() -> ProcessState:
     pid = os.getpid()
-    return dump(
-        lambda batch: plan_process(batch.typed(), pid, read_bytes("/proc/self/status"), stop_signal=0)
-    )
+    files = read_process_files(pid, read_bytes("/proc/self/status"))
+    return dump(lambda batch: partial(plan_process(batch.typed(), pid), files, 0))
 
 
 def test_process_attributes_survive() -> None:

@@ -1,0 +1,122 @@
+"""The other threads of a parallel batch on the source: how they come into the routine, and out of it again.
+
+The first thread unmaps the scratch mapping when the others have left it, so it must know of each that enters or is
+taken out: yet the agent may die between two requests. So a worker is sent in by pointing it at code that looks for its
+ticket in the mapping first, and goes home when there is none; only then is the ticket written, by the same write that
+makes the first thread wait. It is taken out in the same way: pointed at that code again, then the ticket is withdrawn,
+then it is restored. (agent.target.inject has the whole theory.)
+
+The way home of a worker that finds no ticket lies in the tail, where there is room for one: workers pass one by one.
+Addresses are target addresses.
+"""
+
+from __future__ import annotations
+
+import random
+import struct
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+from typing import Final, final
+
+from agent.kernel import ptrace
+from agent.kernel.arch import user_regs_struct
+from agent.kernel.futex import FUTEX_CMP_REQUEUE, FUTEX_PRIVATE_FLAG
+from agent.kernel.syscalls import NR_futex
+from agent.target import restart
+from agent.target import routine_x86_64 as routine
+from agent.target.memory import TargetMemory
+from agent.target.tail import ALL_BLOCKED, Tail
+from agent.target.tracer import TracedThread
+
+_U64: Final = (1 << 64) - 1
+_block_regs: Final = attrgetter(*routine.BLOCK_REGS)
+_BLOCK: Final = struct.Struct("<22Q")
+_WORD: Final = struct.Struct("<Q")
+
+
+def way_home(thread: TracedThread, stub: int, extra: int, leave: int) -> bytes:
+    """Return what a thread needs to find back by itself, as routine_x86_64 reads it; ``extra``: size or ticket."""
+    regs = restart.healing_regs(thread.regs)
+    return _BLOCK.pack(*_block_regs(regs), stub, thread.sigmask, ALL_BLOCKED, extra, leave)
+
+
+def restore_exactly(thread: TracedThread) -> None:
+    """Give a thread in the routine its own mask and registers again."""
+    # The mask first: as long as the registers are ours the thread restores both by itself.
+    ptrace.setsigmask(thread.tid, thread.sigmask)
+    ptrace.setregs(thread.tid, restart.resuming_regs(thread.regs))
+
+
+@final
+class Workers:
+    """``threads``, each with the block at the same place of ``blocks`` in the scratch mapping.
+
+    ``requeue`` puts the signal that a thread was stopped at back into its queue; it lets the thread run for that.
+    """
+
+    def __init__(
+        self,
+        tail: Tail,
+        memory: TargetMemory,
+        threads: Sequence[TracedThread],
+        blocks: range,
+        requeue: Callable[[TracedThread], None],
+    ) -> None:
+        self._tail = tail
+        self._memory = memory
+        self.threads = threads
+        self._blocks = {thread.tid: block for thread, block in zip(threads, blocks)}
+        rips = [restart.healing_regs(thread.regs).rip for thread in threads]
+        self._rips = {thread.tid: rip for thread, rip in zip(threads, rips)}
+        self._stubs = tail.write_stubs(list(dict.fromkeys(rips)))
+        self._ticket = random.getrandbits(32) | 1
+        self._requeue = requeue
+
+    def blank_blocks(self) -> bytes:
+        """Return the blocks of workers that nobody waits for, one after another."""
+        return b"".join(map(_withdrawn, self._blocks.values()))
+
+    def find_lost(self) -> TracedThread | None:
+        """Return a worker that has gone its way, all being stopped: the last thing it did was to leave a sign."""
+        if not self._blocks:
+            return None
+        first, stride = next(iter(self._blocks.values())), routine.BLOCK_STRIDE
+        blocks = memoryview(self._memory.read(first, stride * len(self._blocks))).cast("Q")
+        signs = blocks[routine.BLOCK_R15 // 8 :: stride // 8].tolist()
+        return next((t for t, sign in zip(self.threads, signs) if sign == self._blocks[t.tid]), None)
+
+    def send_in(self, thread: TracedThread, regs: user_regs_struct) -> None:
+        """Point a stopped worker at the routine, to begin with ``regs`` (rbx, rbp, r12-r14), its signals blocked."""
+        block, rip = self._blocks[thread.tid], self._rips[thread.tid]
+        self._point_at_join(thread, regs)
+        ptrace.setsigmask(thread.tid, ALL_BLOCKED)
+        # Now it can be let run for a moment, should a signal have to go back to its queue.
+        self._requeue(thread)
+        self._memory.write(block, way_home(thread, self._stubs[rip], self._ticket, self._tail.heal))
+
+    def take_out(self, thread: TracedThread) -> None:
+        """Have a worker that is stopped in the routine stand where it was, as it was."""
+        regs = thread.regs.copy()
+        regs.rbx = regs.rbp = regs.r13 = 0  # no calls to make: should it find its ticket it leaves at once
+        self._point_at_join(thread, regs)
+        block = self._blocks[thread.tid]
+        self._memory.write(block, _withdrawn(block)[: routine.BLOCK_BYTES])
+        restore_exactly(thread)
+
+    def _point_at_join(self, thread: TracedThread, regs: user_regs_struct) -> None:
+        """Point a thread at the code that goes on with ``regs`` (rbx, rbp, r12-r14) if its ticket is there."""
+        tail = self._tail
+        way_back = way_home(thread, tail.stub_of(tail.passing), 0, tail.heal)
+        tail.write_slot(tail.passing, way_back, self._rips[thread.tid])
+        regs.rip, regs.orig_rax, regs.r15 = tail.join, _U64, tail.passing
+        regs.rax, regs.rsi, regs.r9 = NR_futex, FUTEX_CMP_REQUEUE | FUTEX_PRIVATE_FLAG, self._ticket
+        regs.rdi = regs.r8 = self._blocks[thread.tid] + routine.BLOCK_TICKET
+        regs.rdx = regs.r10 = 0
+        ptrace.setregs(thread.tid, regs)
+
+
+def _withdrawn(block: int) -> bytes:
+    """Return a block that has the first thread wait for nobody: it counts as read to the end."""
+    gone = bytearray(routine.BLOCK_STRIDE)
+    _WORD.pack_into(gone, routine.BLOCK_R15, block)
+    return bytes(gone)

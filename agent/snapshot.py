@@ -29,6 +29,7 @@ from agent.state.sched import bound_cpus
 from agent.state.task import TaskDump
 from agent.target.inject import Batch, Injector
 from agent.target.tracer import Tracer
+from protocol.messages import StateSection
 from protocol.state import encode_section
 from protocol.state.guards import GuardsState
 from protocol.state.limits import NR_LIMITS, RLIM_INFINITY, LimitsState, ResourceLimit
@@ -125,11 +126,22 @@ class TaskSender:
         batches = dump.plan(tracer, anew=target.policy_nodes is not None)
         with Injector(tracer) as injector:
             injector.run_parallel(batches, meanwhile=dump.look())
-            task = dump.state()
-            target.policies = self._policies()
-            brk = self._brk.value
-        link.send_all(encode_section(*section) for section in task.sections())
-        return brk
+            dump.peek()
+            sections: list[StateSection] = []
+            injector.close(meanwhile=self._encode(sections))
+        link.send_all(sections)
+        return self._brk.value
+
+    def _encode(self, sections: list[StateSection]) -> Iterator[object]:
+        """Fill a list of what is to be sent, step by step."""
+        threads = []
+        for thread in self._dump.states():
+            threads.append(thread)
+            yield thread
+        for kind, owner, state in self._dump.put_together(threads).sections():
+            sections.append(encode_section(kind, owner, state))
+            yield kind
+        self._target.policies = self._policies()
 
 
 def send_mm(link: Link, target: Target, *, brk: int) -> None:

@@ -172,7 +172,7 @@ def warm_up() -> None:
 
 class TaskDump:
     """The dump of one process. Prepared while it runs; once all its threads are stopped: plan(), run the batches,
-    with the steps of look() meanwhile or afterwards, then state().
+    with the steps of look() meanwhile or afterwards, then state(), or by steps peek(), states(), put_together().
 
     ``also`` adds further calls to the leader's batch. It is called again when those that are prepared do not fit.
     """
@@ -180,12 +180,14 @@ class TaskDump:
     def __init__(self, ctx: DumpContext, also: Callable[[Batch], object] = lambda batch: None) -> None:
         self._pid = ctx.pid
         self._also = also
-        self._state: TaskState | None = None
         self._host_tids: dict[int, int] = {}
         self._planned_ns = 0
         self._studies: list[ThreadStudy] = []
         self._copies: dict[int, Copy] = {}
         self._statuses: dict[int, bytes] = {}
+        self._shared: tuple[bytes, ...] = ()
+        self._private: list[tuple[bytes, ...]] = []
+        self._window_ns = 0
         self._prepare()
 
     def _prepare(self) -> None:
@@ -206,7 +208,6 @@ class TaskDump:
         """
         if anew or read_timers(self._pid) != self._made_timers:
             self._prepare()
-        self._state = None
         self._planned_ns = time.monotonic_ns()
         threads = sorted(tracer.threads.values(), key=lambda t: (t.tid != self._pid, t.tid))
         # Which of the stopping signals it was makes no difference any more: SIGCONT ends each.
@@ -229,35 +230,49 @@ class TaskDump:
         yield self._files
         self._limits = dump_limits(self._pid)
 
-    def state(self) -> TaskState:
-        """Return everything, after the batches have run; the threads must still be stopped."""
-        if self._state is None:
-            self._state = self._collect()
-        return self._state
+    def peek(self) -> None:
+        """Look at the queued signals, after the batches have run: the last thing that all threads must be stopped for.
 
-    def _collect(self) -> TaskState:
-        parts = []
-        for study in self._studies:
+        After the timers were read, as settle_expired() wants it. A timer that went off in between has queued its signal
+        for the process, or for the thread it names, behind the back of the calls.
+        """
+        named = {timer.target for timer in self._made_timers if timer.is_tid}
+        self._shared = peek_shared_pending(self._pid)
+        self._private = [
+            peek_private_pending(thread, queued=thread.tid in named or self._had_pending(thread.tid))
+            for thread in (study.thread for study in self._studies)
+        ]
+        self._window_ns = time.monotonic_ns() - self._planned_ns
+
+    def _had_pending(self, tid: int) -> bool:
+        return self._calls_of(tid).had_pending(self._copies[tid])
+
+    def _calls_of(self, tid: int) -> ThreadCalls:
+        return self._of_leader if tid == self._pid else self._of_others
+
+    def states(self) -> Iterator[ThreadState]:
+        """Make the state of each thread, the leader first, after peek()."""
+        for study, queue in zip(self._studies, self._private, strict=True):
             tid = study.thread.tid
             self._copies[tid].load()
-            calls = self._of_leader if tid == self._pid else self._of_others
-            parts.append(calls.collect(study, self._statuses[tid]))
-        self._host_tids.update({part.thread.tid: part.tid for part in parts})
-        # Looked at after the timers were read, as settle_expired() wants it. A timer that went off in between has
-        # queued its signal for the process, or for the thread it names, behind the back of the calls.
-        named = {timer.target for timer in self._made_timers if timer.is_tid}
-        shared = peek_shared_pending(self._pid)
-        private = [
-            peek_private_pending(part.thread, queued=part.has_pending or part.thread.tid in named) for part in parts
-        ]
-        everything = [info for queue in (shared, *private) for info in queue]
-        window_ns = time.monotonic_ns() - self._planned_ns
+            state = self._calls_of(tid).collect(study, self._statuses[tid], queue)
+            self._host_tids[tid] = state.tid
+            yield state
+
+    def state(self) -> TaskState:
+        """Return everything, given that the batches have run; the threads must still be stopped."""
+        self.peek()
+        return self.put_together(list(self.states()))
+
+    def put_together(self, threads: Iterable[ThreadState]) -> TaskState:
+        """Return everything, given all that states() makes."""
+        everything = [info for queue in (self._shared, *self._private) for info in queue]
         return TaskState(
             process=self._process(self._files, self._stop_signal),
             limits=self._limits,
-            signals=SignalsState(actions=self._actions(), pending=shared),
-            timers=settle_expired(self._timers(), everything, window_ns),
-            threads=tuple(part.finish(pending=queue) for part, queue in zip(parts, private, strict=True)),
+            signals=SignalsState(actions=self._actions(), pending=self._shared),
+            timers=settle_expired(self._timers(), everything, self._window_ns),
+            threads=tuple(threads),
         )
 
 

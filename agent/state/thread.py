@@ -16,9 +16,7 @@ set_robust_list(2), set_tid_address(2), prctl(2), personality(2).
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from agent.errors import DumpError, RestoreError
@@ -81,6 +79,7 @@ from protocol.state.thread import RseqState, ThreadState
 if TYPE_CHECKING:
     from agent.target.inject import Batch, Injector
     from agent.target.memory import TargetMemory
+    from agent.target.template import Copy
     from agent.target.tracer import TracedThread, Tracer
     from protocol.state.creds import CredState
     from protocol.state.restart import RestartState
@@ -97,18 +96,6 @@ _PR_SPEC_CHOSEN: Final = 4 | 8 | 16
 # Offsets of what the calls of a thread write, in one buffer.
 _OUT: Final = struct.Struct("=QQQQii16s")
 _HEAD, _LENGTH, _TID_ADDRESS, _PENDING, _PDEATH, _TSC, _NAME = 0, 8, 16, 24, 32, 36, 40
-
-
-@dataclass(frozen=True, slots=True)
-class ThreadDump:
-    """A thread whose calls have run: what they said, and what ptrace has to add."""
-
-    thread: TracedThread
-    tid: int
-    has_pending: bool
-    """Whether a signal was queued for this thread or for the whole process."""
-    finish: Callable[..., ThreadState]
-    """Makes the state, given ``pending``, the thread's own queued signals."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,14 +153,18 @@ class ThreadCalls:
         self._sched = plan_sched(batch)
         self._creds = plan_creds(batch)
 
-    def collect(self, study: ThreadStudy, status: bytes) -> ThreadDump:
-        """Return the dump of the thread whose results the batch shows; ``status`` is its status file.
+    def had_pending(self, copy: Copy) -> bool:
+        """Tell whether a signal was queued, for the thread or for the whole process, when it made its calls."""
+        at = copy.template.offset_of(self._out) + _PENDING
+        return any(copy.content[at : at + SIGSET_BYTES])
 
-        The registers must be those of ``study`` until then: the injector may have to correct them.
+    def collect(self, study: ThreadStudy, status: bytes, pending: tuple[bytes, ...]) -> ThreadState:
+        """Return the state of the thread whose results the batch shows.
+
+        ``status`` is its status file, ``pending`` are the siginfo of the signals queued for it alone.
         """
-        head, length, tid_address, pending, pdeath, tsc, name = _OUT.unpack(self._out.read())
-        state = partial(
-            ThreadState,
+        head, length, tid_address, _, pdeath, tsc, name = _OUT.unpack(self._out.read())
+        return ThreadState(
             tid=self._own.value,
             name=name.partition(b"\0")[0],
             regs=bytes(study.regs),
@@ -181,6 +172,7 @@ class ThreadCalls:
             xstate=study.xstate,
             sigmask=study.thread.sigmask,
             altstack=self._altstack(),
+            pending=pending,
             robust_list_head=head,
             robust_list_length=length,
             clear_child_tid=tid_address,
@@ -195,7 +187,6 @@ class ThreadCalls:
             creds=self._creds(status),
             speculation=(_chosen(self._speculation[0].result), _chosen(self._speculation[1].result)),
         )
-        return ThreadDump(study.thread, self._own.value, pending != 0, state)
 
 
 def _chosen(control: int) -> int:

@@ -30,13 +30,13 @@ futex): it would replace the thread's own. Addresses are target addresses.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import struct
 import time
-from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate
 from types import TracebackType
 from typing import Final, NamedTuple, final
@@ -58,7 +58,8 @@ from agent.target import routine_x86_64 as routine
 from agent.target.batch import Batch, Blob, BlobAddress, Call, Cell, Packed
 from agent.target.tail import ALL_BLOCKED, Tail, find_tail
 from agent.target.template import Copy
-from agent.target.tracer import StopKind, TracedThread, Tracer, pause
+from agent.target.tracer import StopKind, TracedThread, Tracer
+from agent.target.waiting import Errands, pause
 from agent.target.workers import Workers, restore_exactly, way_home
 from agent.types import PAGE_SIZE
 
@@ -81,7 +82,6 @@ _PRELUDE_BYTES: Final = 8 * 8 + routine.RECORD_BYTES
 """Cells and record of _prelude()."""
 _MAX_PARALLEL: Final = 256
 """How many threads run batches at the same time at most: the first must not wait too long for the agent."""
-_MEANWHILE_S: Final = routine.WAIT_S / 5
 RUN_TIMEOUT_S: Final = 30.0
 """How long a batch may take before the thread is given up as stuck."""
 
@@ -162,24 +162,27 @@ class Injector:
     ) -> None:
         """Make the calls of several batches, each in the thread of that tid, at the same time.
 
-        While they run the agent goes through ``meanwhile``, as far as there is time, and does the rest afterwards.
+        Instead of waiting, the agent takes the steps of ``meanwhile``, and what is left of them afterwards.
 
         :raises InjectError: as run(), for the first failure in order, when all batches have run.
         """
         threads = [self.tracer.threads[tid] for tid in batches]
-        steps = iter(meanwhile)
-        for chunk in self._chunks(threads):
-            self._run(batches, chunk, steps)
-        deque(steps, maxlen=0)
+        with self._running_errands(meanwhile):
+            for chunk in self._chunks(threads):
+                self._run(batches, chunk)
         for batch in batches.values():
             batch.check()
 
-    def _run(
-        self,
-        batches: Mapping[int, Batch | Copy],
-        threads: list[TracedThread],
-        meanwhile: Iterable[object] = (),
-    ) -> None:
+    @contextlib.contextmanager
+    def _running_errands(self, steps: Iterable[object]) -> Iterator[None]:
+        errands = self.tracer.errands = Errands(steps)
+        try:
+            yield
+        finally:
+            self.tracer.errands = Errands()
+        errands.finish()
+
+    def _run(self, batches: Mapping[int, Batch | Copy], threads: list[TracedThread]) -> None:
         # In the scratch mapping: control areas, blocks of the workers, what keeps it from children, the batches.
         nr_workers = len(threads) - 1
         blocks_bytes = nr_workers * routine.BLOCK_STRIDE
@@ -210,7 +213,6 @@ class Injector:
         self._memory.write(base, b"".join(parts))
         try:
             self._start(run, workers)
-            self._use_time(meanwhile)
             self._finish(run, workers)
         except BaseException:
             if workers:
@@ -268,12 +270,6 @@ class Injector:
                 self._cont(thread)  # it finds work while the next is made ready
         self._cont(run.threads[0])
 
-    def _use_time(self, steps: Iterable[object]) -> None:
-        deadline = time.monotonic() + _MEANWHILE_S
-        for _step in steps:
-            if time.monotonic() > deadline:
-                break
-
     def _finish(self, run: _Run, workers: Workers | None) -> None:
         """Wait until every routine reports, then stop the threads where they wait."""
         began = time.monotonic()
@@ -285,7 +281,8 @@ class Injector:
             if looks % stride == 0:
                 self._serve_stops(run.threads)
             waited = time.monotonic() - began
-            pause(waited)
+            if not self.tracer.errands.step():
+                pause(waited)
             if waited > RUN_TIMEOUT_S:
                 raise FreezeError(
                     f"System calls injected into thread {busy.tid} of process {self.tracer.pid} do not end"
@@ -451,7 +448,7 @@ class Injector:
 
     def _ensure_tail(self) -> Tail:
         if self._tail is None:
-            self._tail = Tail(self._memory, find_tail(self._memory))
+            self._tail = Tail(self._memory, find_tail(self._memory, self.tracer.tail))
         return self._tail
 
     def _finish_call(self, thread: TracedThread) -> user_regs_struct:
@@ -601,11 +598,15 @@ class Injector:
 
     # -- both ------------------------------------------------------------------------------------------------------
 
-    def close(self) -> None:
+    def close(self, *, meanwhile: Iterable[object] = ()) -> None:
         """Remove every trace: the scratch mapping, the code, the threads' registers and signal masks.
 
-        A skeleton keeps its threads as they are. Closing twice is harmless.
+        A skeleton keeps its threads as they are. Closing twice is harmless. ``meanwhile``: as in run_parallel().
         """
+        with self._running_errands(meanwhile):
+            self._close()
+
+    def _close(self) -> None:
         if not self.crash_safe:
             if self._scratch:
                 thread = self._default_thread()

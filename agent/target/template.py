@@ -39,13 +39,17 @@ class Template:
         self._nr_words = len(batch.calls) * (RECORD_BYTES // 8)
         self._checked = [index for index, call in enumerate(batch.calls) if call.check]
 
+    def offset_of(self, blob: Blob) -> int:
+        """Where a blob of the batch lies in the content of each copy."""
+        return blob.address - _ELSEWHERE
+
     def copy(self, variables: bytes = b"", *, into: Blob | None = None) -> Copy:
         """Return a copy to be run once; ``variables`` are what the blob ``into`` has in it instead of zeros."""
         if into is None:
             return Copy(self, b"", 0)
         if len(variables) > into.size or into.has_content:
             raise ValueError(f"{len(variables)} bytes do not replace the zeros of a blob of {into.size}")
-        return Copy(self, variables, into.address - _ELSEWHERE)
+        return Copy(self, variables, self.offset_of(into))
 
     def lay_out(self, base: int) -> Packed:
         """Return what pack() of the batch would, for a 16-byte aligned ``base``."""

@@ -384,14 +384,9 @@ class Rebuild:
         enter_calls(batch, fd, agent_pidfd=self.skeleton.agent_pidfd)
 
     def _restore_threads(self, restore: TaskRestore) -> None:
-        host_tids = self._host_tids
-        leader = restore.state.process.pid
-        others: dict[int, Batch] = {host_tids[t.tid]: Batch() for t in restore.state.threads if t.tid != leader}
-        for thread in restore.state.threads[1:]:
-            restore.thread_calls(others[host_tids[thread.tid]], thread.tid)
-        if others:
+        if len(self._host_tids) > 1:
             with self._step("threads"):
-                self.injector.run_parallel(others)
+                self.injector.run_parallel(restore.thread_copies(self._host_tids))
         elapsed_ns = self._elapsed_ns(restore.state.process.clock_monotonic_ns)
         # The files were read a little later than the task.
         self._restorer.start(elapsed_ns=self._elapsed_ns(self._files_ns))
@@ -399,7 +394,7 @@ class Rebuild:
             finish_shared(self._object_fds[object_id], state)
         last = Batch()
         last.call(nr.NR_prctl, PR_SET_PDEATHSIG, 0, name="prctl(PR_SET_PDEATHSIG)")
-        restore.thread_calls(last, leader, elapsed_ns=elapsed_ns)
+        restore.leader_calls(last, elapsed_ns=elapsed_ns)
         self._restorer.last_calls(last)
         last.call(nr.NR_close, self.skeleton.agent_pidfd, name="close")
         with self._step("leader"):

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from agent.errors import RestoreError
+from agent.kernel import ptrace
+from agent.kernel.arch.x86_64 import NT_X86_XSTATE
 from agent.kernel.clone import (
     CLONE_FILES,
     CLONE_FS,
@@ -29,6 +31,7 @@ from agent.kernel.clone import (
     clone_args,
 )
 from agent.kernel.syscalls import NR_clone3
+from agent.kernel.xstate import layout_of
 from agent.procfs.files import read_bytes
 from agent.procfs.process import list_tids
 from agent.procfs.status import Status, read_status, read_task_status
@@ -64,8 +67,11 @@ from agent.state.signals import (
     restore_shared_pending_calls,
 )
 from agent.state.thread import (
+    VARIABLES_BYTES,
     ThreadCalls,
     ThreadStudy,
+    likeness,
+    pack_variables,
     peek_private_pending,
     peek_shared_pending,
     restore_thread_calls,
@@ -79,7 +85,7 @@ from agent.state.timers import (
     plan_timers,
     settle_expired,
 )
-from agent.target.batch import Batch, Call
+from agent.target.batch import Batch, Blob, Call
 from agent.target.template import Copy, Template
 from agent.types import Obstacle, Tid
 from protocol.state.limits import LimitsState
@@ -366,26 +372,41 @@ class TaskRestore:
         restore_actions_calls(batch, actions, inherited=self._status.sig_ign)
         self._merge = restore_process_calls(batch, self.state.process)
 
-    def thread_calls(self, batch: Batch, tid: int, *, elapsed_ns: int = 0) -> None:
-        """Step 5, in the thread that has the id ``tid`` in its process; the leader comes last."""
-        thread = next(thread for thread in self.state.threads if thread.tid == tid)
-        pid = self.state.process.pid
-        leads = tid == pid
-        if leads:
-            self._verify = create_timers_calls(batch, self.state.timers.posix_timers, pid)
-            restore_shared_pending_calls(batch, pid, self.state.signals.pending)
-            restore_limits_calls(batch, self.state.limits)
+    def thread_copies(self, host_tids: Mapping[int, int]) -> dict[int, Copy]:
+        """Step 5, in all threads but the leader, by host tid; ``host_tids`` are by the threads' own ids."""
+        templates: dict[object, tuple[Template, Blob]] = {}
+        copies = {}
+        for thread in self.state.threads[1:]:
+            kind = likeness(thread)
+            if kind not in templates:
+                batch = Batch()
+                variables = batch.buffer(VARIABLES_BYTES)
+                self._thread_calls(batch, thread, variables)
+                templates[kind] = Template(batch), variables
+            template, variables = templates[kind]
+            copies[host_tids[thread.tid]] = template.copy(pack_variables(thread), into=variables)
+        return copies
+
+    def leader_calls(self, batch: Batch, *, elapsed_ns: int = 0) -> None:
+        """Step 5, in the leader, when the other threads have made theirs."""
+        state, leader = self.state, self.state.leader
+        self._verify = create_timers_calls(batch, state.timers.posix_timers, leader.tid)
+        restore_shared_pending_calls(batch, leader.tid, state.signals.pending)
+        restore_limits_calls(batch, state.limits)
+        self._thread_calls(batch, leader, batch.data(pack_variables(leader)))
+        dumpable_call(batch, state.process)
+        arm_timers_calls(batch, state.timers, elapsed_ns=elapsed_ns)
+
+    def _thread_calls(self, batch: Batch, thread: ThreadState, variables: Blob) -> None:
         restore_thread_calls(
             batch,
             thread,
-            pid,
+            variables,
+            self.state.process.pid,
             self._now,
             keep_pdeath_signal=self._keep_pdeath_signal,
             with_policy=not self._urgent,
         )
-        if leads:
-            dumpable_call(batch, self.state.process)
-            arm_timers_calls(batch, self.state.timers, elapsed_ns=elapsed_ns)
 
     def verify(self) -> None:
         """Check, after the leader's calls have run, what no result of a call says.
@@ -419,6 +440,7 @@ class TaskRestore:
 
         ``host_tids``: by the threads' own ids.
         """
+        layout = layout_of(ptrace.getregset(self.host_pid, NT_X86_XSTATE))
         for state in self.state.threads:
             thread = tracer.threads[host_tids[state.tid]]
-            restore_thread_ptrace(tracer, injector, thread, state)
+            restore_thread_ptrace(tracer, injector, thread, state, layout)

@@ -56,12 +56,14 @@ from agent.kernel.syscalls import (
     NR_set_robust_list,
     NR_set_tid_address,
 )
-from agent.kernel.xstate import LEGACY_AND_HEADER_BYTES, components_in_use, layout_of
+from agent.kernel.xstate import LEGACY_AND_HEADER_BYTES, XstateLayout, components_in_use
 from agent.state.creds import plan_creds, restore_creds_calls
 from agent.state.rseq import read_rseq, restore_rseq_call
 from agent.state.sched import plan_sched, restore_sched_calls
 from agent.state.signals import (
+    ALTSTACK_BYTES,
     block_signals_call,
+    pack_altstack,
     plan_altstack,
     restore_altstack_call,
     restore_private_pending_calls,
@@ -77,7 +79,8 @@ from agent.target.restart import (
 from protocol.state.thread import RseqState, ThreadState
 
 if TYPE_CHECKING:
-    from agent.target.inject import Batch, Injector
+    from agent.target.batch import Batch, Blob
+    from agent.target.inject import Injector
     from agent.target.memory import TargetMemory
     from agent.target.template import Copy
     from agent.target.tracer import TracedThread, Tracer
@@ -93,6 +96,10 @@ _PERSONALITY_QUERY: Final = 0xFFFFFFFF
 _SPECULATIONS: Final = (0, 1)
 _PR_SPEC_PRCTL: Final = 1
 _PR_SPEC_CHOSEN: Final = 4 | 8 | 16
+# What differs between threads that are restored by the same calls, in one buffer, and its offsets.
+_VARIABLES: Final = struct.Struct(f"=QQQ{ALTSTACK_BYTES}s{_NAME_BYTES}s")
+_V_ROBUST_LIST, _V_TID_ADDRESS, _V_RSEQ, _V_ALTSTACK, _V_NAME = 0, 8, 16, 24, 24 + ALTSTACK_BYTES
+VARIABLES_BYTES: Final = _VARIABLES.size
 # Offsets of what the calls of a thread write, in one buffer.
 _OUT: Final = struct.Struct("=QQQQii16s")
 _HEAD, _LENGTH, _TID_ADDRESS, _PENDING, _PDEATH, _TSC, _NAME = 0, 8, 16, 24, 32, 36, 40
@@ -210,9 +217,40 @@ def peek_shared_pending(host_tid: int) -> tuple[bytes, ...]:
     return without_stops(ptrace.peeksiginfo(host_tid, shared=True))
 
 
+def pack_variables(state: ThreadState) -> bytes:
+    """Return the VARIABLES_BYTES in which alike threads differ, for restore_thread_calls()."""
+    return _VARIABLES.pack(
+        state.robust_list_head,
+        state.clear_child_tid,
+        state.rseq.addr if state.rseq else 0,
+        pack_altstack(state.altstack),
+        state.name,
+    )
+
+
+def likeness(state: ThreadState) -> tuple[object, ...]:
+    """Return what decides which calls restore a thread, all but its pack_variables(): equal for alike threads."""
+    rseq = state.rseq
+    return (
+        state.personality,
+        state.sched,
+        state.mce_kill,
+        state.io_flusher,
+        state.tsc_mode,
+        state.speculation,
+        state.cpuid_enabled,
+        state.robust_list_length,
+        rseq and (rseq.size, rseq.sig, rseq.flags),
+        state.pending and (state.pending, state.tid),
+        state.creds,
+        state.pdeath_signal,
+    )
+
+
 def restore_thread_calls(
     batch: Batch,
     state: ThreadState,
+    variables: Blob,
     pid: int,
     now: CredState,
     *,
@@ -221,13 +259,13 @@ def restore_thread_calls(
 ) -> None:
     """Add the calls that restore ``state`` to the batch of the thread itself, credentials last.
 
+    ``variables`` holds pack_variables(). The calls do for every thread that has an equal likeness().
     ``pid`` is the process's own id, ``now`` the credentials that the thread was made with.
     ``keep_pdeath_signal`` is false for a process whose new parent, the agent, will soon exit,
     ``with_policy`` when set_policy() follows.
     """
     block_signals_call(batch)
-    name = batch.data(state.name.ljust(_NAME_BYTES, b"\0"))
-    batch.call(NR_prctl, PR_SET_NAME, name, name="prctl(PR_SET_NAME)")
+    batch.call(NR_prctl, PR_SET_NAME, variables.at(_V_NAME), name="prctl(PR_SET_NAME)")
     batch.call(NR_personality, state.personality, name="personality")
     restore_sched_calls(batch, state.sched, with_policy=with_policy)
     batch.call(
@@ -249,13 +287,14 @@ def restore_thread_calls(
     if state.robust_list_length:
         batch.call(
             NR_set_robust_list,
-            state.robust_list_head,
+            variables.cell(_V_ROBUST_LIST),
             ROBUST_LIST_HEAD_BYTES,
             name="set_robust_list",
         )
-    batch.call(NR_set_tid_address, state.clear_child_tid, name="set_tid_address")
-    restore_altstack_call(batch, state.altstack)
-    restore_rseq_call(batch, state.rseq)
+    batch.call(NR_set_tid_address, variables.cell(_V_TID_ADDRESS), name="set_tid_address")
+    restore_altstack_call(batch, variables.at(_V_ALTSTACK))
+    if state.rseq is not None:
+        restore_rseq_call(batch, state.rseq, variables.cell(_V_RSEQ))
 
     restore_private_pending_calls(batch, pid, state.tid, state.pending)
     restore_creds_calls(batch, state.creds, now)
@@ -283,10 +322,15 @@ def fit_xstate(xstate: bytes, size: int, mask: int) -> bytes:
 
 
 def restore_thread_ptrace(
-    tracer: Tracer, injector: Injector, thread: TracedThread, state: ThreadState
+    tracer: Tracer,
+    injector: Injector,
+    thread: TracedThread,
+    state: ThreadState,
+    layout: XstateLayout,
 ) -> None:
     """Set what only a tracer can set, the general registers last; the thread stays stopped.
 
+    ``layout`` is that of the extended registers of any thread of the process.
     A restart block is built first, by making the interrupted call for an instant: memory and files
     must be in place. No batch may run in the thread afterwards.
     """
@@ -294,7 +338,6 @@ def restore_thread_ptrace(
     if state.restart is not None:
         regs = apply_restart(regs, rearm_restart_block(tracer, injector, thread, state.restart))
         note_restart(thread, regs, state.restart)
-    layout = layout_of(ptrace.getregset(thread.tid, NT_X86_XSTATE))
     if len(state.xstate) < LEGACY_AND_HEADER_BYTES:
         raise RestoreError(f"Extended registers of thread {state.tid} are cut short")
     fitted = fit_xstate(state.xstate, layout.size, layout.mask)

@@ -288,14 +288,10 @@ def restore(tracer: Tracer, injector: Injector, state: TaskState) -> TaskRestore
     for tid in list(tracer.new_children):
         tracer.adopt(tid)
     tids = host_tids(tracer.pid)
-    batches: dict[int, Batch] = {}
-    for thread in state.threads[1:]:
-        batches[tids[thread.tid]] = batch = Batch()
-        task.thread_calls(batch, thread.tid)
-    if batches:
-        injector.run_parallel(batches)
+    if len(tids) > 1:
+        injector.run_parallel(task.thread_copies(tids))
     batch = Batch()
-    task.thread_calls(batch, state.process.pid)
+    task.leader_calls(batch)
     injector.run(batch, tracer.leader)
     task.verify()
     task.write_files()

@@ -35,6 +35,7 @@ from agent.state.process import (
 )
 from agent.state.sched import plan_sched, restore_sched_calls
 from agent.state.signals import (
+    pack_altstack,
     plan_actions,
     plan_altstack,
     restore_actions_calls,
@@ -214,7 +215,7 @@ def test_queued_signals_survive_with_kernel_siginfo() -> None:
 def test_alternate_stack_survives(state: AltStack) -> None:
     def destination() -> AltStack:
         batch = LocalBatch()
-        restore_altstack_call(batch.typed(), state)
+        restore_altstack_call(batch.typed(), batch.typed().data(pack_altstack(state)))
         batch.run()
         return dump(lambda batch: plan_altstack(batch.typed()))
 

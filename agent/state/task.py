@@ -91,7 +91,7 @@ from agent.types import Obstacle, Tid
 from protocol.state.limits import LimitsState
 from protocol.state.process import ProcessState
 from protocol.state.signals import SignalsState
-from protocol.state.thread import ThreadState
+from protocol.state.thread import ThreadsState, ThreadState
 from protocol.state.timers import TimersState
 
 if TYPE_CHECKING:
@@ -99,6 +99,8 @@ if TYPE_CHECKING:
     from agent.target.inject import Injector
     from agent.target.tracer import Tracer
 
+_THREADS_PER_SECTION = 1024
+"""A section has a limit of 64 MiB, and the extended registers of one thread may take 11 KiB."""
 _LOG = logging.getLogger(__name__)
 _THREAD_FLAGS = CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_SIGHAND | CLONE_THREAD | CLONE_SYSVSEM
 
@@ -134,7 +136,11 @@ class TaskState:
             ("signals", pid, self.signals),
             ("timers", pid, self.timers),
         ]
-        return shared + [("thread", thread.tid, thread) for thread in self.threads]
+        threads = self.threads
+        for first in range(0, len(threads), _THREADS_PER_SECTION):
+            some = ThreadsState.of(threads[first : first + _THREADS_PER_SECTION])
+            shared.append(("threads", pid, some))
+        return shared
 
     @classmethod
     def from_sections(cls, objects: Iterable[object]) -> TaskState:
@@ -152,8 +158,8 @@ class TaskState:
             return matching[0]
 
         process = one(ProcessState)
-        threads = found.get(ThreadState, [])
         try:
+            threads = [thread for some in found.get(ThreadsState, []) for thread in some.threads()]
             return cls(
                 process=process,
                 limits=one(LimitsState),

@@ -85,7 +85,12 @@ class Tail:
 
     def write_slot(self, slot: int, block: bytes, return_rip: int) -> None:
         """Write a thread's way back; `block` must name stub_of(slot) as its stub."""
-        self._memory.write(slot, block + routine.EXIT_TAIL + struct.pack("<Q", return_rip))
+        self._memory.write(slot, self.make_slot(block, return_rip))
+
+    @staticmethod
+    def make_slot(block: bytes, return_rip: int) -> bytes:
+        """Return what write_slot() writes."""
+        return block + routine.EXIT_TAIL + return_rip.to_bytes(8, "little")
 
     @staticmethod
     def stub_of(slot: int) -> int:

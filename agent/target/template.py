@@ -24,16 +24,17 @@ class Template:
 
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
-        self.nr_bytes = batch.size_bytes()
-        first = batch.pack(_SOMEWHERE)
-        second = batch.pack(_ELSEWHERE)
+        room = batch.pack(_SOMEWHERE).nr_cells
+        first = batch.pack(_SOMEWHERE, room=room)
+        second = batch.pack(_ELSEWHERE, room=room)
         here = int.from_bytes(first.content, "little")
         self._addresses, rest = divmod(
             int.from_bytes(second.content, "little") - here, _ELSEWHERE - _SOMEWHERE
         )
         assert not rest, "the layout of a batch depends on where it lies"
         self._image = here - _SOMEWHERE * self._addresses
-        self._content_bytes = len(first.content)
+        self.nr_bytes = len(first.content)
+        self._nr_cells = room
         self._undo = first.undo - _SOMEWHERE
         self._end = first.end - _SOMEWHERE
         self._nr_words = len(batch.calls) * (RECORD_BYTES // 8)
@@ -54,8 +55,8 @@ class Template:
     def lay_out(self, base: int) -> Packed:
         """Return what pack() of the batch would, for a 16-byte aligned ``base``."""
         image = self._image + base * self._addresses
-        content = image.to_bytes(self._content_bytes, "little")
-        return Packed(base, base + self._undo, base + self._end, content)
+        content = image.to_bytes(self.nr_bytes, "little")
+        return Packed(base, base + self._undo, base + self._end, content, self._nr_cells)
 
     def load(self, content: bytes) -> None:
         """Have the calls and blobs of the batch show the results in ``content``."""
@@ -80,7 +81,7 @@ class Copy:
         self.content = b""
 
     def size_bytes(self) -> int:
-        """Bytes that pack() will need, at most."""
+        """Bytes that pack() will need."""
         return self.template.nr_bytes
 
     def pack(self, base: int) -> Packed:

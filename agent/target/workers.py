@@ -36,8 +36,7 @@ _WORD: Final = struct.Struct("<Q")
 
 def way_home(thread: TracedThread, stub: int, extra: int, leave: int) -> bytes:
     """Return what a thread needs to find back by itself, as routine_x86_64 reads it; ``extra``: size or ticket."""
-    regs = restart.healing_regs(thread.regs)
-    return _BLOCK.pack(*_block_regs(regs), stub, thread.sigmask, ALL_BLOCKED, extra, leave)
+    return _pack_block(thread, _block_regs(restart.healing_regs(thread.regs)), stub, extra, leave)
 
 
 def restore_exactly(thread: TracedThread) -> None:
@@ -66,15 +65,17 @@ class Workers:
         self._memory = memory
         self.threads = threads
         self._blocks = {thread.tid: block for thread, block in zip(threads, blocks)}
-        rips = [restart.healing_regs(thread.regs).rip for thread in threads]
-        self._rips = {thread.tid: rip for thread, rip in zip(threads, rips)}
-        self._stubs = tail.write_stubs(list(dict.fromkeys(rips)))
+        self._homes = {thread.tid: restart.healing_regs(thread.regs) for thread in threads}
+        self._stubs = tail.write_stubs(list(dict.fromkeys(regs.rip for regs in self._homes.values())))
+        self._withdrawn = {block: _withdrawn(block) for block in blocks}
+        self._slots: dict[int, bytes] = {}
+        self._entries: dict[int, user_regs_struct] = {}
         self._ticket = random.getrandbits(32) | 1
         self._requeue = requeue
 
     def blank_blocks(self) -> bytes:
         """Return the blocks of workers that nobody waits for, one after another."""
-        return b"".join(map(_withdrawn, self._blocks.values()))
+        return b"".join(self._withdrawn.values())
 
     def find_lost(self) -> TracedThread | None:
         """Return a worker that has gone its way, all being stopped: the last thing it did was to leave a sign."""
@@ -87,32 +88,44 @@ class Workers:
 
     def send_in(self, thread: TracedThread, regs: user_regs_struct) -> None:
         """Point a stopped worker at the routine, to begin with ``regs`` (rbx, rbp, r12-r14), its signals blocked."""
-        block, rip = self._blocks[thread.tid], self._rips[thread.tid]
-        self._point_at_join(thread, regs)
-        ptrace.setsigmask(thread.tid, ALL_BLOCKED)
+        tail, tid, home = self._tail, thread.tid, self._homes[thread.tid]
+        block = self._blocks[tid]
+        words = _block_regs(home)
+        way_back = _pack_block(thread, words, tail.stub_of(tail.passing), 0, tail.heal)
+        self._slots[tid] = tail.make_slot(way_back, home.rip)
+        regs.rip, regs.orig_rax, regs.r15 = tail.join, _U64, tail.passing
+        regs.rax, regs.rsi, regs.r9 = NR_futex, FUTEX_CMP_REQUEUE | FUTEX_PRIVATE_FLAG, self._ticket
+        regs.rdi = regs.r8 = block + routine.BLOCK_TICKET
+        regs.rdx = regs.r10 = 0
+        self._entries[tid] = regs
+        self._point_at_join(tid)
+        ptrace.setsigmask(tid, ALL_BLOCKED)
         # Now it can be let run for a moment, should a signal have to go back to its queue.
         self._requeue(thread)
-        self._memory.write(block, way_home(thread, self._stubs[rip], self._ticket, self._tail.heal))
+        self._memory.write(block, _pack_block(thread, words, self._stubs[home.rip], self._ticket, tail.heal))
 
     def take_out(self, thread: TracedThread) -> None:
         """Have a worker that is stopped in the routine stand where it was, as it was."""
-        regs = thread.regs.copy()
+        tid = thread.tid
+        regs = self._entries.get(tid)
+        if regs is None:
+            return  # never sent in
         regs.rbx = regs.rbp = regs.r13 = 0  # no calls to make: should it find its ticket it leaves at once
-        self._point_at_join(thread, regs)
-        block = self._blocks[thread.tid]
-        self._memory.write(block, _withdrawn(block)[: routine.BLOCK_BYTES])
+        self._point_at_join(tid)
+        block = self._blocks[tid]
+        self._memory.write(block, self._withdrawn[block][: routine.BLOCK_BYTES])
         restore_exactly(thread)
 
-    def _point_at_join(self, thread: TracedThread, regs: user_regs_struct) -> None:
-        """Point a thread at the code that goes on with ``regs`` (rbx, rbp, r12-r14) if its ticket is there."""
-        tail = self._tail
-        way_back = way_home(thread, tail.stub_of(tail.passing), 0, tail.heal)
-        tail.write_slot(tail.passing, way_back, self._rips[thread.tid])
-        regs.rip, regs.orig_rax, regs.r15 = tail.join, _U64, tail.passing
-        regs.rax, regs.rsi, regs.r9 = NR_futex, FUTEX_CMP_REQUEUE | FUTEX_PRIVATE_FLAG, self._ticket
-        regs.rdi = regs.r8 = self._blocks[thread.tid] + routine.BLOCK_TICKET
-        regs.rdx = regs.r10 = 0
-        ptrace.setregs(thread.tid, regs)
+    def _point_at_join(self, tid: int) -> None:
+        """Point a thread at the code that goes on with its registers (rbx, rbp, r12-r14) if its ticket is there."""
+        self._memory.write(self._tail.passing, self._slots[tid])
+        ptrace.setregs(tid, self._entries[tid])
+
+
+def _pack_block(
+    thread: TracedThread, words: tuple[int, ...], stub: int, extra: int, leave: int
+) -> bytes:
+    return _BLOCK.pack(*words, stub, thread.sigmask, ALL_BLOCKED, extra, leave)
 
 
 def _withdrawn(block: int) -> bytes:

@@ -156,7 +156,8 @@ class ThreadsState:
             # What is equal is one object in general; if it is not, there is one kind more.
             key = (
                 thread.pdeath_signal, thread.personality, thread.mce_kill, thread.tsc_mode, thread.cpuid_enabled,
-                thread.io_flusher, id(thread.sched), id(thread.creds), thread.speculation, rseq.size, rseq.sig, rseq.flags,
+                thread.io_flusher, id(thread.sched), id(thread.creds), thread.speculation,
+                rseq.size, rseq.sig, rseq.flags,
             )  # fmt: skip
             number = numbers.setdefault(key, len(kinds))
             kind_of.append(number)

@@ -23,7 +23,6 @@ from __future__ import annotations
 import functools
 import os
 import struct
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from agent.kernel.prctl import (
@@ -51,7 +50,7 @@ from agent.types import Obstacle
 from protocol.state.creds import CredState
 
 if TYPE_CHECKING:
-    from agent.target.inject import Batch
+    from agent.target.inject import Batch, Call
 
 CAP_SETPCAP: Final = 8
 _LINUX_CAPABILITY_VERSION_3: Final = 0x20080522
@@ -128,10 +127,9 @@ def _parse_creds(ids: bytes, caps: bytes, securebits: int) -> CredState:
         raise ValueError(f"Not a status file: field {err} is missing") from err
 
 
-def plan_creds(batch: Batch) -> Callable[[bytes], CredState]:
-    """Add the call that, with its status file, gives the credentials of the thread that runs ``batch``."""
-    bits = batch.call(NR_prctl, PR_GET_SECUREBITS, name="prctl(PR_GET_SECUREBITS)")
-    return lambda status: parse_creds(status, bits.value)
+def securebits_call(batch: Batch) -> Call:
+    """Add the call that tells of the thread that runs ``batch`` what parse_creds() does not find in its status."""
+    return batch.call(NR_prctl, PR_GET_SECUREBITS, name="prctl(PR_GET_SECUREBITS)")
 
 
 def _capset(batch: Batch, effective: int, permitted: int, inheritable: int) -> None:

@@ -131,16 +131,14 @@ def restore_private_pending_calls(
         )
 
 
-def plan_altstack(batch: Batch) -> Callable[[], AltStack]:
-    """Add the call that reads the alternate stack of the thread that runs ``batch``."""
-    out = batch.buffer(_STACK_T.size)
+def altstack_call(batch: Batch, out: Blob | BlobAddress) -> None:
+    """Add the call that has the thread that runs ``batch`` write ALTSTACK_BYTES to ``out``."""
     batch.call(NR_sigaltstack, 0, out, name="sigaltstack")
 
-    def collect() -> AltStack:
-        sp, flags, _, size = _STACK_T.unpack(out.read())
-        return AltStack(sp=sp, flags=flags & ~SS_ONSTACK, size=size)
 
-    return collect
+def unpack_altstack(sp: int, flags: int, _padding: int, size: int) -> AltStack:
+    """Return the alternate stack, given the fields of a stack_t."""
+    return AltStack(sp=sp, flags=flags & ~SS_ONSTACK, size=size)
 
 
 def pack_altstack(state: AltStack) -> bytes:

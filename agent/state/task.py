@@ -266,8 +266,10 @@ class TaskDump:
         """Make the state of each thread, the leader first, after peek()."""
         for study, queue in zip(self._studies, self._private, strict=True):
             tid = study.thread.tid
-            self._copies[tid].load()
-            state = self._calls_of(tid).collect(study, self._statuses[tid], queue)
+            copy = self._copies[tid]
+            if tid == self._pid:
+                copy.load()  # for what else the leader was asked
+            state = self._calls_of(tid).collect(copy, study, self._statuses[tid], queue)
             self._host_tids[tid] = state.tid
             yield state
 

@@ -16,7 +16,9 @@ set_robust_list(2), set_tid_address(2), prctl(2), personality(2).
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from agent.errors import DumpError, RestoreError
@@ -57,16 +59,17 @@ from agent.kernel.syscalls import (
     NR_set_tid_address,
 )
 from agent.kernel.xstate import LEGACY_AND_HEADER_BYTES, XstateLayout, components_in_use
-from agent.state.creds import plan_creds, restore_creds_calls
+from agent.state.creds import parse_creds, restore_creds_calls, securebits_call
 from agent.state.rseq import read_rseq, restore_rseq_call
 from agent.state.sched import plan_sched, restore_sched_calls
 from agent.state.signals import (
     ALTSTACK_BYTES,
+    altstack_call,
     block_signals_call,
     pack_altstack,
-    plan_altstack,
     restore_altstack_call,
     restore_private_pending_calls,
+    unpack_altstack,
     without_stops,
 )
 from agent.target.restart import (
@@ -101,8 +104,8 @@ _VARIABLES: Final = struct.Struct(f"=QQQ{ALTSTACK_BYTES}s{_NAME_BYTES}s")
 _V_ROBUST_LIST, _V_TID_ADDRESS, _V_RSEQ, _V_ALTSTACK, _V_NAME = 0, 8, 16, 24, 24 + ALTSTACK_BYTES
 VARIABLES_BYTES: Final = _VARIABLES.size
 # Offsets of what the calls of a thread write, in one buffer.
-_OUT: Final = struct.Struct("=QQQQii16s")
-_HEAD, _LENGTH, _TID_ADDRESS, _PENDING, _PDEATH, _TSC, _NAME = 0, 8, 16, 24, 32, 36, 40
+_OUT: Final = struct.Struct("=QQQQii16sQIIQ")
+_HEAD, _LENGTH, _TID_ADDRESS, _PENDING, _PDEATH, _TSC, _NAME, _STACK = 0, 8, 16, 24, 32, 36, 40, 56
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,44 +159,66 @@ class ThreadCalls:
             batch.call(NR_prctl, PR_GET_SPECULATION_CTRL, which, name="prctl(SPECULATION)", check=False)
             for which in _SPECULATIONS
         ]
-        self._altstack = plan_altstack(batch)
+        altstack_call(batch, out.at(_STACK))
         self._sched = plan_sched(batch)
-        self._creds = plan_creds(batch)
+        self._securebits = securebits_call(batch)
+        self._end = batch.buffer(0)
+        self._alike: dict[object, tuple[Callable[..., ThreadState], int]] = {}
 
     def had_pending(self, copy: Copy) -> bool:
         """Tell whether a signal was queued, for the thread or for the whole process, when it made its calls."""
         at = copy.template.offset_of(self._out) + _PENDING
         return any(copy.content[at : at + SIGSET_BYTES])
 
-    def collect(self, study: ThreadStudy, status: bytes, pending: tuple[bytes, ...]) -> ThreadState:
-        """Return the state of the thread whose results the batch shows.
+    def collect(
+        self, copy: Copy, study: ThreadStudy, status: bytes, pending: tuple[bytes, ...]
+    ) -> ThreadState:
+        """Return the state of the thread that ran ``copy``.
 
         ``status`` is its status file, ``pending`` are the siginfo of the signals queued for it alone.
         """
-        head, length, tid_address, _, pdeath, tsc, name = _OUT.unpack(self._out.read())
-        return ThreadState(
-            tid=self._own.value,
+        content, template = copy.content, copy.template
+        own, *results = template.results(content)
+        out_at = template.offset_of(self._out)
+        out = content[out_at : out_at + _OUT.size]
+        head, length, tid_address, _, pdeath, tsc, name, *stack = _OUT.unpack(out)
+        # Threads are mostly alike: what they say is looked at once.
+        key = (tuple(results), content[out_at + _OUT.size : template.offset_of(self._end)])
+        alike = self._alike.get(key)
+        if alike is None:
+            copy.load()
+            alike = self._alike[key] = self._what_is_alike()
+        make, securebits = alike
+        return make(
+            tid=own,
             name=name.partition(b"\0")[0],
             regs=bytes(study.regs),
             restart=study.restart,
             xstate=study.xstate,
             sigmask=study.thread.sigmask,
-            altstack=self._altstack(),
+            altstack=unpack_altstack(*stack),
             pending=pending,
             robust_list_head=head,
             robust_list_length=length,
             clear_child_tid=tid_address,
             rseq=study.rseq,
             pdeath_signal=pdeath,
+            tsc_mode=tsc,
+            creds=parse_creds(status, securebits),
+        )
+
+    def _what_is_alike(self) -> tuple[Callable[..., ThreadState], int]:
+        """Return what the batch shows now and what many threads have in common; and the securebits."""
+        make = partial(
+            ThreadState,
             personality=self._personality.value,
             mce_kill=self._mce_kill.value,
-            tsc_mode=tsc,
             cpuid_enabled=self._cpuid.result != 0,
             io_flusher=self._flusher.result == 1,
             sched=self._sched(),
-            creds=self._creds(status),
             speculation=(_chosen(self._speculation[0].result), _chosen(self._speculation[1].result)),
         )
+        return make, self._securebits.value
 
 
 def _chosen(control: int) -> int:

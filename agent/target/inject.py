@@ -255,8 +255,8 @@ class Injector:
         addresses = (self._leader_block(), *run.blocks)
         for thread, control, plan, block in zip(run.threads, run.controls, run.packed, addresses):
             is_first = thread is run.threads[0]
-            # A skeleton's registers may have been changed by what it ran (arch_prctl): take them as they are.
-            regs = thread.regs.copy() if self.crash_safe else ptrace.getregs(thread.tid)
+            # The leader's of a skeleton may have been changed by what it ran (arch_prctl): taken as they are.
+            regs = thread.regs.copy() if self.crash_safe or not is_first else ptrace.getregs(thread.tid)
             regs.rip = self._code() + routine.BATCH
             regs.orig_rax = _U64
             regs.r15, regs.r12 = block, control

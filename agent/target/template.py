@@ -62,9 +62,13 @@ class Template:
         """Have the calls and blobs of the batch show the results in ``content``."""
         self.batch.unpack(_ELSEWHERE, content)
 
+    def results(self, content: bytes) -> list[int]:
+        """Return what the calls in ``content`` returned, in order; negative is an errno."""
+        return memoryview(content)[: 8 * self._nr_words].cast("q")[7::8].tolist()
+
     def check(self, content: bytes) -> None:
         """Raise InjectError for the first checked call that failed."""
-        results = memoryview(content)[: 8 * self._nr_words].cast("q")[7::8].tolist()
+        results = self.results(content)
         if any(-4096 < results[index] < 0 for index in self._checked):
             self.load(content)
             self.batch.check()

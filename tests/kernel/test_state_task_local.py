@@ -25,7 +25,13 @@ from agent.kernel.syscalls import NR_timer_create, NR_timer_settime
 from agent.procfs.files import read_bytes
 from agent.procfs.status import read_status
 from agent.procfs.timers import read_timers
-from agent.state.creds import creds_of, own_securebits, plan_creds, restore_creds_calls
+from agent.state.creds import (
+    creds_of,
+    own_securebits,
+    parse_creds,
+    restore_creds_calls,
+    securebits_call,
+)
 from agent.state.limits import dump_limits, restore_limits_calls
 from agent.state.process import (
     dumpable_call,
@@ -35,13 +41,15 @@ from agent.state.process import (
 )
 from agent.state.sched import plan_sched, restore_sched_calls
 from agent.state.signals import (
+    ALTSTACK_BYTES,
+    altstack_call,
     pack_altstack,
     plan_actions,
-    plan_altstack,
     restore_actions_calls,
     restore_altstack_call,
     restore_private_pending_calls,
     restore_shared_pending_calls,
+    unpack_altstack,
 )
 from agent.state.timers import arm_timers_calls, create_timers_calls, plan_timers
 from protocol.codec import decode, encode
@@ -217,7 +225,11 @@ def test_alternate_stack_survives(state: AltStack) -> None:
         batch = LocalBatch()
         restore_altstack_call(batch.typed(), batch.typed().data(pack_altstack(state)))
         batch.run()
-        return dump(lambda batch: plan_altstack(batch.typed()))
+        batch = LocalBatch()
+        out = batch.typed().buffer(ALTSTACK_BYTES)
+        altstack_call(batch.typed(), out)
+        batch.run()
+        return unpack_altstack(*struct.unpack("=QIIQ", out.read()))
 
     restored = in_child(destination)
     # The field is an int with the sign bit in use; only its bits matter.
@@ -295,7 +307,11 @@ def test_periodic_alarm_with_queued_signal_keeps_its_period() -> None:
 
 
 def dump_creds() -> CredState:
-    return dump(lambda batch: partial(plan_creds(batch.typed()), read_bytes("/proc/self/status")))
+    def plan(batch: LocalBatch) -> Callable[[], CredState]:
+        bits = securebits_call(batch.typed())
+        return lambda: parse_creds(read_bytes("/proc/self/status"), bits.value)
+
+    return dump(plan)
 
 
 def restored_creds(state: CredState) -> CredState:

@@ -23,6 +23,7 @@ from agent.procfs.status import Status, read_task_status
 from agent.state.clocks import clock_shift
 from agent.state.creds import creds_of
 from agent.state.files import dump_files
+from agent.state.limits import dump_limits
 from agent.state.mempolicy import plan_policies
 from agent.state.mm import dump_mm, plan_brk
 from agent.state.sched import bound_cpus
@@ -107,17 +108,19 @@ class TaskSender:
     def __init__(self, target: Target) -> None:
         self._target = target
         self._dump = TaskDump(target.ctx, self._add_calls)
+        self._early_limits = dump_limits(target.pid)
+        self._limits_section = encode_section("limits", target.ns_pid, self._early_limits)
 
     def _add_calls(self, leader: Batch) -> None:
         target = self._target
         self._brk = plan_brk(leader)
         self._policies = dict if target.policy_nodes is None else plan_policies(leader, target.pid)
 
-    def send(self, link: Link, tracer: Tracer) -> int:
-        """Every thread is stopped under this thread's ptrace: dump all, and send it.
+    def send(self, link: Link, tracer: Tracer) -> None:
+        """Every thread is stopped under this thread's ptrace: dump all, and send it, the memory descriptor too.
 
         Runs calls in the threads, which changes memory here and there (rseq areas, remainders of sleeps): the last
-        look at memory must come later. Returns the program break; notes the memory policies of mappings in the target.
+        look at memory must come later. Notes the memory policies of mappings in the target.
 
         :raises MigrationError: something cannot be dumped; nothing was changed.
         """
@@ -130,7 +133,6 @@ class TaskSender:
             sections: list[StateSection] = []
             injector.close(meanwhile=self._encode(sections))
         link.send_all(sections)
-        return self._brk.value
 
     def _encode(self, sections: list[StateSection]) -> Iterator[object]:
         """Fill a list of what is to be sent, step by step."""
@@ -139,14 +141,13 @@ class TaskSender:
             threads.append(thread)
             yield thread
         for kind, owner, state in self._dump.put_together(threads).sections():
-            sections.append(encode_section(kind, owner, state))
+            as_before = state is self._early_limits
+            sections.append(self._limits_section if as_before else encode_section(kind, owner, state))
             yield kind
-        self._target.policies = self._policies()
-
-
-def send_mm(link: Link, target: Target, *, brk: int) -> None:
-    """Dump and send the memory descriptor."""
-    link.send(encode_section("mm", target.ns_pid, dump_mm(target.pid, brk=brk)))
+        target = self._target
+        target.policies = self._policies()
+        mm = dump_mm(target.pid, brk=self._brk.value)
+        sections.append(encode_section("mm", target.ns_pid, mm))
 
 
 def send_guards(link: Link, target: Target, guards: Iterable[int]) -> None:

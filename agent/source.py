@@ -39,7 +39,7 @@ from agent.procfs.stat import read_stat
 from agent.report import CompletedReport, PhaseClock, Reporter, RoundReport, downtime
 from agent.rounds import RoundSender
 from agent.session_store import SessionStore
-from agent.snapshot import TaskSender, send_guards, send_mm, send_plan, send_pre_dump
+from agent.snapshot import TaskSender, send_guards, send_plan, send_pre_dump
 from agent.state.files import dump_files, has_direct_io
 from agent.state.inetsk import reset_connections
 from agent.target.tracer import Tracer
@@ -358,8 +358,7 @@ class _Migration:
 
     def _send_final(self, link: Link, rounds: RoundSender, tracer: Tracer) -> None:
         with self._phase("task", frozen=True):
-            brk = self.task_sender.send(link, tracer)
-            send_mm(link, self.target, brk=brk)
+            self.task_sender.send(link, tracer)
         with self._phase("files", frozen=True):
             # Before the last look at memory: it shows which objects are open.
             files = dump_files(self.target.ctx)

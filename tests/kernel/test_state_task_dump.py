@@ -523,7 +523,7 @@ def requests_of_a_dump(nr_threads: int, monkeypatch: pytest.MonkeyPatch) -> tupl
 
 def test_each_thread_costs_a_freeze_so_many_requests_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     few, many = (requests_of_a_dump(count, monkeypatch) for count in (2, 12))
-    # Frozen: seize, interrupt, registers. Asked: dispatch, rseq, extended registers, mask. Sent in: registers, mask, go.
+    # Frozen: seize, interrupt, registers. Asked: dispatch, rseq, extended registers, mask. In: registers, mask, go.
     # Fetched: interrupt, registers, mask, registers. A thread that is slow to stop costs no more.
     assert (many[0] - few[0]) / 10 <= 14
     assert (many[1] - few[1]) / 10 <= 4

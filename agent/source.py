@@ -36,6 +36,7 @@ from agent.pages.throttle import BandwidthLimit
 from agent.policy import Action, Decision, PolicyLimits, RoundStats, decide
 from agent.procfs.process import list_children
 from agent.procfs.stat import read_stat
+from agent.rehearsal import rehearse_dump
 from agent.report import CompletedReport, PhaseClock, Reporter, RoundReport, downtime
 from agent.rounds import RoundSender
 from agent.session_store import SessionStore
@@ -216,7 +217,9 @@ class _Migration:
     def _prepare(self, link: Link) -> None:
         send_plan(link, self.target)
         link.send(Prepare())
-        warm_up()  # while the destination looks for obstacles
+        # While the destination looks for obstacles:
+        warm_up()
+        rehearse_dump()
         if not link.recorded:
             prepared = link.expect(Prepared)
             if prepared.obstacles:

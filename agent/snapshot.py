@@ -116,11 +116,12 @@ class TaskSender:
         self._brk = plan_brk(leader)
         self._policies = dict if target.policy_nodes is None else plan_policies(leader, target.pid)
 
-    def send(self, link: Link, tracer: Tracer) -> None:
+    def send(self, link: Link, tracer: Tracer) -> bool:
         """Every thread is stopped under this thread's ptrace: dump all, and send it, the memory descriptor too.
 
         Runs calls in the threads, which changes memory here and there (rseq areas, remainders of sleeps): the last
         look at memory must come later. Notes the memory policies of mappings in the target.
+        Returns False, and sends nothing, if the target has child processes.
 
         :raises MigrationError: something cannot be dumped; nothing was changed.
         """
@@ -129,10 +130,13 @@ class TaskSender:
         batches = dump.plan(tracer, anew=target.policy_nodes is not None)
         with Injector(tracer) as injector:
             injector.run_parallel(batches, meanwhile=dump.look())
+            if dump.has_children:
+                return False
             dump.peek()
             sections: list[StateSection] = []
             injector.close(meanwhile=self._encode(sections))
         link.send_all(sections)
+        return True
 
     def _encode(self, sections: list[StateSection]) -> Iterator[object]:
         """Fill a list of what is to be sent, step by step."""

@@ -347,21 +347,26 @@ class _Migration:
             link.send(Switchover())
             for _attempt in range(FREEZE_ATTEMPTS):
                 with Tracer(self.target.pid) as tracer:
-                    with self._phase("freeze", frozen=True):
-                        tracer.stop_all()
-                    if list_children(self.target.pid):
+                    self._freeze(tracer)
+                    if not self._send_task(link, tracer):
                         # It forked after the last look: let both go on, and wait for the child again.
                         tracer.detach_all()
                         self._wait_for_children()
                         rounds.learn_flags()
                         continue
-                    self._send_final(link, rounds, tracer)
+                    self._send_final(link, rounds)
                     return self._finish(link, tracer, tracker)
             raise SetupError(f"Process {self.target.pid} keeps starting child processes")
 
-    def _send_final(self, link: Link, rounds: RoundSender, tracer: Tracer) -> None:
+    def _freeze(self, tracer: Tracer) -> None:
+        with self._phase("freeze", frozen=True):
+            tracer.stop_all()
+
+    def _send_task(self, link: Link, tracer: Tracer) -> bool:
         with self._phase("task", frozen=True):
-            self.task_sender.send(link, tracer)
+            return self.task_sender.send(link, tracer)
+
+    def _send_final(self, link: Link, rounds: RoundSender) -> None:
         with self._phase("files", frozen=True):
             # Before the last look at memory: it shows which objects are open.
             files = dump_files(self.target.ctx)

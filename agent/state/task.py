@@ -33,7 +33,7 @@ from agent.kernel.clone import (
 from agent.kernel.syscalls import NR_clone3
 from agent.kernel.xstate import layout_of
 from agent.procfs.files import read_bytes
-from agent.procfs.process import list_tids
+from agent.procfs.process import list_tids, read_children
 from agent.procfs.status import Status, read_status, read_task_status
 from agent.procfs.timers import read_timers
 from agent.state.creds import check_creds_restore, creds_of, own_securebits, own_status
@@ -197,6 +197,8 @@ class TaskDump:
         self._studies: list[ThreadStudy] = []
         self._copies: dict[int, Copy] = {}
         self._statuses: dict[int, bytes] = {}
+        self.has_children = False
+        """Whether look() has found child processes."""
         self._shared: tuple[bytes, ...] = ()
         self._private: list[tuple[bytes, ...]] = []
         self._window_ns = 0
@@ -220,6 +222,7 @@ class TaskDump:
         """
         if anew or read_timers(self._pid) != self._made_timers:
             self._prepare()
+        self.has_children = False
         self._planned_ns = time.monotonic_ns()
         threads = sorted(tracer.threads.values(), key=lambda t: (t.tid != self._pid, t.tid))
         # Which of the stopping signals it was makes no difference any more: SIGCONT ends each.
@@ -237,6 +240,8 @@ class TaskDump:
         for study in self._studies:
             tid = study.thread.tid
             self._statuses[tid] = read_bytes(f"/proc/{self._pid}/task/{tid}/status")
+            yield tid
+            self.has_children |= bool(read_children(self._pid, tid))
             yield tid
         self._files = read_process_files(self._pid, self._statuses[self._pid])
         yield self._files

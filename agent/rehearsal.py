@@ -45,7 +45,7 @@ def rehearse_dump() -> None:
 def _dump(tracer: Tracer) -> None:
     dump = TaskDump(cast(DumpContext, _Extra(tracer.pid)))
     tracer.stop_all()
-    with Injector(tracer) as injector:
+    with Injector(tracer) as injector, contextlib.closing(dump):
         injector.run_parallel(dump.plan(tracer), meanwhile=dump.look())
         state = dump.state()
     for kind, owner, part in state.sections():

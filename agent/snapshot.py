@@ -111,6 +111,10 @@ class TaskSender:
         self._early_limits = dump_limits(target.pid)
         self._limits_section = encode_section("limits", target.ns_pid, self._early_limits)
 
+    def close(self) -> None:
+        """Close what is open for the dump; closing twice is harmless."""
+        self._dump.close()
+
     def _add_calls(self, leader: Batch) -> None:
         target = self._target
         self._brk = plan_brk(leader)

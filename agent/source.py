@@ -143,6 +143,7 @@ class _Migration:
         self.store = SessionStore(options.state_dir)
         self.limiter: BandwidthLimit | None = None
         self.link: Link | None = None
+        self._made_ahead = contextlib.ExitStack()
 
     def run(self) -> None:
         """Go through all phases."""
@@ -163,7 +164,7 @@ class _Migration:
                 self._handshake(link)
             with self._phase("prepare"):
                 self._prepare(link)
-            with self._armed() as tracker, self._rounds(link, tracker) as rounds:
+            with self._armed() as tracker, self._rounds(link, tracker) as rounds, self._made_ahead:
                 self._precopy(link, tracker, rounds)
                 with self.reporter.deferred():
                     report = self._switch_over(link, tracker, rounds)
@@ -285,6 +286,7 @@ class _Migration:
         self._wait_for_children()
         rounds.learn_flags()
         self.task_sender = TaskSender(self.target)
+        self._made_ahead.callback(self.task_sender.close)
         self._record(link)
         if not link.recorded:
             send_pre_dump(link, self.target)

@@ -47,15 +47,11 @@ def list_children(pid: int) -> list[Pid]:
     children: list[Pid] = []
     for tid in list_tids(pid):
         try:
-            children += read_children(pid, tid)
+            text = read_bytes(f"/proc/{pid}/task/{tid}/children")
         except ProcessLookupError:
             continue  # the thread ended; its children went to another
+        children += [Pid(int(word)) for word in text.split()]
     return sorted(children)
-
-
-def read_children(pid: int, tid: int) -> list[Pid]:
-    """Return the children of one thread; otherwise as list_children()."""
-    return [Pid(int(word)) for word in read_bytes(f"/proc/{pid}/task/{tid}/children").split()]
 
 
 class AuxvEntry(NamedTuple):

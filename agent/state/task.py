@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import resource
 import signal
 import struct
 import time
@@ -32,8 +33,8 @@ from agent.kernel.clone import (
 )
 from agent.kernel.syscalls import NR_clone3
 from agent.kernel.xstate import layout_of
-from agent.procfs.files import read_bytes
-from agent.procfs.process import list_tids, read_children
+from agent.procfs.files import ReadAgain, read_bytes
+from agent.procfs.process import list_tids
 from agent.procfs.status import Status, read_status, read_task_status
 from agent.procfs.timers import read_timers
 from agent.state.creds import check_creds_restore, creds_of, own_securebits, own_status
@@ -99,6 +100,9 @@ if TYPE_CHECKING:
     from agent.target.inject import Injector
     from agent.target.tracer import Tracer
 
+_KEPT_FDS = 256
+"""How many descriptors the agent may need for all the rest."""
+_MOST_FDS = 1024
 _THREADS_PER_SECTION = 1024
 """A section has a limit of 64 MiB, and the extended registers of one thread may take 11 KiB."""
 _LOG = logging.getLogger(__name__)
@@ -196,6 +200,7 @@ class TaskDump:
         self._planned_ns = 0
         self._studies: list[ThreadStudy] = []
         self._copies: dict[int, Copy] = {}
+        self._proc: ReadAgain | None = None
         self._statuses: dict[int, bytes] = {}
         self.has_children = False
         """Whether look() has found child processes."""
@@ -214,6 +219,19 @@ class TaskDump:
         self._actions = plan_actions(leader)
         self._also(leader)
         self._leader, self._others = Template(leader), Template(others)
+        self.close()
+        room = min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _KEPT_FDS, _MOST_FDS)
+        tids = list_tids(self._pid)
+        self._proc = ReadAgain([path for tid in tids for path in self._paths(tid)], limit=max(room, 0))
+
+    def _paths(self, tid: int) -> tuple[str, str]:
+        task = f"/proc/{self._pid}/task/{tid}"
+        return f"{task}/status", f"{task}/children"
+
+    def close(self) -> None:
+        """Close what is open for a dump; closing twice is harmless."""
+        if self._proc is not None:
+            self._proc.close()
 
     def plan(self, tracer: Tracer, *, anew: bool = False) -> Mapping[int, Copy]:
         """Ask ptrace about the stopped threads; return the batches to run, by host tid, the leader's first.
@@ -237,11 +255,13 @@ class TaskDump:
 
     def look(self) -> Iterator[object]:
         """Read what /proc shows, step by step."""
+        read = read_bytes if self._proc is None else self._proc.read_bytes
         for study in self._studies:
             tid = study.thread.tid
-            self._statuses[tid] = read_bytes(f"/proc/{self._pid}/task/{tid}/status")
+            status, children = self._paths(tid)
+            self._statuses[tid] = read(status)
             yield tid
-            self.has_children |= bool(read_children(self._pid, tid))
+            self.has_children |= bool(read(children).split())
             yield tid
         self._files = read_process_files(self._pid, self._statuses[self._pid])
         yield self._files

@@ -7,6 +7,7 @@
     |   +-- TargetGone          the target exited or called exec while Ferry looked at it
     +-- FreezeError             stopping the threads, remote system calls
     |   +-- InjectError         a system call injected into the target failed
+    |       +-- TooLateError    the target did not wait for the agent
     +-- DumpError               reading state from the stopped target
     +-- TransferError           the link or the peer failed
     +-- RestoreError            rebuilding the process on the destination
@@ -69,6 +70,10 @@ class InjectError(FreezeError):
     def __init__(self, message: str, *, errno: int = 0, hint: str = "", **facts: object) -> None:
         super().__init__(message, hint=hint, errno=errno, **facts)
         self.errno = errno
+
+
+class TooLateError(InjectError):
+    """The agent got no CPU time, and the target went on by itself, unharmed: worth another try."""
 
 
 class DumpError(MigrationError):

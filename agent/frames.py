@@ -1,4 +1,4 @@
-"""Frames over a channel: one list of buffers out, one warm buffer in.
+"""Frames from a channel, read into one warm buffer.
 
 The reader's buffer is reused: a payload is valid until the next read. It holds any page batch from
 the start and grows only for a large control frame, whose length parse_header() has checked against
@@ -9,8 +9,7 @@ its limit. Reading is unbuffered: no byte beyond the current frame is taken from
 from __future__ import annotations
 
 from agent.channel import Channel
-from protocol.codec import Buffer
-from protocol.framing import HEADER_BYTES, FrameType, encode_frame, parse_header
+from protocol.framing import HEADER_BYTES, FrameType, parse_header
 from protocol.limits import MAX_PAGES_FRAME_BYTES
 
 
@@ -42,17 +41,3 @@ class FrameReader:
     def poll_frame(self) -> tuple[FrameType, memoryview] | None:
         """A frame if one has begun to arrive, else None at once."""
         return self.read_frame() if self.channel.poll_readable() else None
-
-
-class FrameWriter:
-    """Writes frames to a channel."""
-
-    def __init__(self, channel: Channel) -> None:
-        self.channel = channel
-        self.nr_frames = 0
-
-    def write_frame(self, frame_type: FrameType, *buffers: Buffer) -> int:
-        """Send one frame; the buffers are free again afterwards. Returns its size with the
-        header."""
-        self.nr_frames += 1
-        return self.channel.send_buffers(encode_frame(frame_type, *buffers))

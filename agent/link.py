@@ -7,20 +7,20 @@ as the agent's own errors.
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from agent.channel import Channel
 from agent.errors import RefusedError, TransferError
-from agent.frames import FrameReader, FrameWriter
+from agent.frames import FrameReader
 from agent.types import Obstacle
 from protocol.codec import Buffer
 from protocol.errors import ProtocolError
 from protocol.framing import FrameType, encode_frame
 from protocol.limits import MAX_OBSTACLES
 from protocol.messages import Abort, Message, Prepared, WireObstacle, decode_message, fit_text
-from protocol.pages import PageBatch, PageEncoding, batch_buffers, check_batch, parse_batch
+from protocol.pages import PageBatch, parse_batch
 from protocol.session import Role, Session, SessionState
 
 M = TypeVar("M")
@@ -36,7 +36,7 @@ class Link:
         self.channel = channel
         self.session = Session(role, recorded=channel.recorded)
         self._reader = FrameReader(channel)
-        self._writer = FrameWriter(channel)
+        self._kept: list[Buffer] | None = None
 
     @property
     def recorded(self) -> bool:
@@ -55,7 +55,7 @@ class Link:
 
         :raises TransferError: when the link is broken.
         """
-        self._writer.write_frame(FrameType.CONTROL, self.session.send(message))
+        self.send_raw(encode_frame(FrameType.CONTROL, self.session.send(message)), keep=True)
 
     def send_all(self, messages: Iterable[Message]) -> None:
         """Send several control messages at once: the peer wakes up only once.
@@ -65,18 +65,34 @@ class Link:
         frames = [
             encode_frame(FrameType.CONTROL, self.session.send(message)) for message in messages
         ]
-        self.channel.send_buffers([buffer for frame in frames for buffer in frame])
+        self.send_raw([buffer for frame in frames for buffer in frame], keep=True)
 
-    def send_batch(
-        self, space_id: int, encoding: PageEncoding, ranges: array[int], payload: Buffer = b""
-    ) -> int:
-        """Send one page batch; the buffers are free again afterwards. Returns bytes on the wire."""
-        batch = check_batch(space_id, encoding, ranges, payload)
-        self.session.page_batch_sent(batch)
-        return self._writer.write_frame(FrameType.PAGES, *batch_buffers(batch))
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Keep control messages back until pages are sent or the body ends: few system calls here, few wakeups there.
 
-    def send_raw(self, buffers: list[Buffer]) -> None:
-        """Send a frame that is encoded and counted already (PageSender does both)."""
+        A body that fails has sent nothing of what was kept back.
+        """
+        assert self._kept is None
+        self._kept = []
+        try:
+            yield
+            if self._kept:
+                self.channel.send_buffers(self._kept)
+        finally:
+            self._kept = None
+
+    def send_raw(self, buffers: list[Buffer], *, keep: bool = False) -> None:
+        """Send frames that are encoded and counted already (PageSender does both).
+
+        ``keep``: the buffers will not change, so that gathered() may keep them back.
+        """
+        if self._kept is not None:
+            if keep:
+                self._kept += buffers
+                return
+            buffers = [*self._kept, *buffers]
+            self._kept.clear()
         self.channel.send_buffers(buffers)
 
     def abort(self, phase: str, reason: str, obstacles: Sequence[Obstacle] = ()) -> None:

@@ -369,20 +369,21 @@ class _Migration:
             return self.task_sender.send(link, tracer)
 
     def _send_final(self, link: Link, rounds: RoundSender) -> None:
-        with self._phase("files", frozen=True):
+        with self._phase("files", frozen=True), link.gathered():
             # Before the last look at memory: it shows which objects are open.
             files = dump_files(self.target.ctx)
             rounds.send_files(files)
-        with self._phase("last round", frozen=True):
-            dirty = rounds.collect(final=True)
-            send_guards(link, self.target, dirty.guards.pairs)
-            self.reports.append(rounds.send_round(len(self.reports), dirty, final=True))
         digest = None
         self.verify |= self.tracker.name != REFERENCE and has_direct_io(files)
-        if self.verify:
-            with self._phase("digest", frozen=True):
-                digest = digest_process(self.target.pid, dirty.maps)
-        link.send(link.session.state_end(digest))
+        with link.gathered():
+            with self._phase("last round", frozen=True):
+                dirty = rounds.collect(final=True)
+                send_guards(link, self.target, dirty.guards.pairs)
+                self.reports.append(rounds.send_round(len(self.reports), dirty, final=True))
+            if self.verify:
+                with self._phase("digest", frozen=True):
+                    digest = digest_process(self.target.pid, dirty.maps)
+            link.send(link.session.state_end(digest))
 
     def _finish(self, link: Link, tracer: Tracer, tracker: Tracker) -> CompletedReport:
         if link.recorded:

@@ -41,7 +41,7 @@ from itertools import accumulate
 from types import TracebackType
 from typing import Final, NamedTuple, final
 
-from agent.errors import FreezeError, InjectError, TargetGone
+from agent.errors import FreezeError, InjectError, TargetGone, TooLateError
 from agent.kernel import ptrace
 from agent.kernel.arch import SYSCALL_ARGUMENTS, SYSCALL_INSTRUCTION, user_regs_struct
 from agent.kernel.syscalls import (
@@ -351,14 +351,14 @@ class Injector:
             ptrace.interrupt(thread.tid)  # the stop that was taken used the last one up
             self._cont(thread, sig)
 
-    def _lost_control(self, thread: TracedThread) -> InjectError:
+    def _lost_control(self, thread: TracedThread) -> TooLateError:
         """The agent was too slow: the thread went its way, as it would have without an agent."""
         if thread is self._host:
             self._host = None
             self._scratch = self._scratch_bytes = 0
         if self.crash_safe:
             self._wait_healed(thread)
-        return InjectError(
+        return TooLateError(
             f"Process {self.tracer.pid} finished the injected system calls before the agent looked at them",
             hint="the agent got no CPU time for half a second; try again",
         )

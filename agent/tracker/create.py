@@ -13,14 +13,16 @@ sockets.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
+import logging
 import os
 import socket
 import struct
 from typing import TYPE_CHECKING, Final
 
-from agent.errors import InjectError, SetupError, UsageError
+from agent.errors import InjectError, SetupError, TooLateError, UsageError
 from agent.kernel import uffd
 from agent.kernel.pidfd import pidfd_getfd
 from agent.kernel.syscalls import NR_close, NR_ioctl, NR_recvmsg, NR_socketpair, NR_userfaultfd
@@ -46,6 +48,10 @@ CREATE_FLAGS: Final = {
 }
 """How it is made."""
 DEVICE: Final = "/dev/userfaultfd"
+LATE_ATTEMPTS: Final = 3
+"""How often the target may be asked for a userfaultfd when it does not wait for the agent, which gets no CPU time."""
+
+_log = logging.getLogger(__name__)
 
 # Modules that need no userfaultfd.
 _OTHERS: Final = {
@@ -88,10 +94,18 @@ def _create_in(pid: int, pidfd: int, name: str) -> int:
     from agent.target.inject import Injector
     from agent.target.tracer import Tracer, pick_injection_thread
 
-    with Tracer(pid) as tracer:
-        thread = tracer.stop(pick_injection_thread(pid))
-        with Injector(tracer) as injector:
-            return create_uffd(injector, pidfd, thread, name)
+    attempt = 1
+    while True:
+        try:
+            with Tracer(pid) as tracer:
+                thread = tracer.stop(pick_injection_thread(pid))
+                with Injector(tracer) as injector:
+                    return create_uffd(injector, pidfd, thread, name)
+        except TooLateError as err:
+            if attempt == LATE_ATTEMPTS:
+                raise
+            _log.info("Arming once more: %s", err)
+            attempt += 1
 
 
 def adopt_uffd(pidfd: int, target_fd: int, features: int = uffd.UFFD_FEATURES_SCAN) -> int:
@@ -137,10 +151,14 @@ def create_uffd(
         target_fd = _create_from_device(injector, pidfd, thread, name)
     else:
         target_fd = created.value
-    try:
-        return adopt_uffd(pidfd, target_fd, FEATURES[name])
-    finally:
-        _close_in(injector, thread, target_fd)
+    with contextlib.ExitStack() as on_failure:
+        try:
+            fd = adopt_uffd(pidfd, target_fd, FEATURES[name])
+            on_failure.callback(os.close, fd)
+        finally:
+            _close_in(injector, thread, target_fd)
+        on_failure.pop_all()
+    return fd
 
 
 def _create_from_device(

@@ -80,6 +80,8 @@ _MIN_PERSISTENT_BYTES: Final = 1024 * 1024
 _CONTROL: Final = struct.Struct("<QQQ16xQ16x")
 _PRELUDE_BYTES: Final = 8 * 8 + routine.RECORD_BYTES
 """Cells and record of _prelude()."""
+_ERRANDS_S: Final = routine.WAIT_S / 5
+"""How long the agent may do something else at most, instead of looking whether calls are done."""
 _MAX_PARALLEL: Final = 256
 """How many threads run batches at the same time at most: the first must not wait too long for the agent."""
 RUN_TIMEOUT_S: Final = 30.0
@@ -273,16 +275,17 @@ class Injector:
     def _finish(self, run: _Run, workers: Workers | None) -> None:
         """Wait until every routine reports, then stop the threads where they wait."""
         began = time.monotonic()
+        while self.tracer.errands.step() and time.monotonic() < began + _ERRANDS_S:
+            pass
         looks = 0
-        # A skeleton stops at every thread that it makes, a source only for a rare SIGSTOP.
-        stride = 8 if self.crash_safe else 2
+        # A skeleton's leader stops at every thread that it makes, others only for a rare SIGSTOP; all have to be asked.
+        stride = max(8, len(run.threads) // 4) if self.crash_safe or run.blocks else 2
         while (busy := self._find_busy(run)) is not None:
             looks += 1
             if looks % stride == 0:
                 self._serve_stops(run.threads)
             waited = time.monotonic() - began
-            if not self.tracer.errands.step():
-                pause(waited)
+            pause(waited)
             if waited > RUN_TIMEOUT_S:
                 raise FreezeError(
                     f"System calls injected into thread {busy.tid} of process {self.tracer.pid} do not end"

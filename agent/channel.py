@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from agent.errors import TransferError, UsageError
+from agent.kernel.tcp_info import LinkProgress, read_progress
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
@@ -95,6 +96,10 @@ class Channel:
     def _pending(self) -> bool:
         """Whether received bytes are held above the fd, where poll(2) cannot see them."""
         return False
+
+    def progress(self) -> LinkProgress | None:
+        """How far the connection has got with what was sent; None: nobody knows."""
+        return None
 
     def _close_fds(self) -> None:
         read_fd, write_fd = self._read_fd, self._write_fd
@@ -297,6 +302,10 @@ class SocketChannel(Channel):
 
     def _read_into(self, view: memoryview) -> int:
         return self.socket.recv_into(view)
+
+    def progress(self) -> LinkProgress | None:
+        """For TCP (and TLS over it), what the kernel knows."""
+        return read_progress(self.socket)
 
     def half_close(self) -> None:
         """Tell the peer that nothing more will be sent; receiving goes on."""

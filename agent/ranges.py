@@ -24,6 +24,8 @@ from typing import NamedTuple
 
 PAGE_SIZE = 4096
 _TOP = (1 << 64) - 1
+PIECE_RANGES = 1 << 13
+"""Sets are worked on in pieces of so many ranges: what is in Python objects at a time stays below a few megabytes."""
 _FEW = 16
 """So many times smaller than the other set, a set is intersected range by range."""
 
@@ -48,17 +50,25 @@ def _interleave(starts: Iterable[int], ends: Iterable[int]) -> array[int]:
 
 
 def _normalized(pairs: array[int]) -> array[int]:
+    """Sort and coalesce; what is so already comes back itself."""
     starts, ends = pairs[0::2], pairs[1::2]
     if not starts:
         return array("Q")
     if all(map(operator.lt, starts, ends)) and all(map(operator.lt, ends, starts[1:])):
         return pairs
+    if len(starts) > PIECE_RANGES:
+        return _normalized_by_halves(pairs)
     if not all(map(operator.le, starts, ends)):
         raise ValueError("a range ends before it starts")
     keep = list(map(operator.lt, starts, ends))  # empty ranges would break the counting argument
     first = sorted(itertools.compress(starts, keep))
     last = sorted(itertools.compress(ends, keep))
     return _union_sorted(first, last)
+
+
+def _normalized_by_halves(pairs: array[int]) -> array[int]:
+    middle = len(pairs) // 4 * 2
+    return _union(_normalized(pairs[:middle]), _normalized(pairs[middle:]))
 
 
 def _union_sorted(starts: list[int], ends: list[int]) -> array[int]:
@@ -84,20 +94,60 @@ def _clipped(pairs: array[int], start: int, end: int) -> array[int]:
     return inside
 
 
+def _pieces(left: array[int], right: array[int]) -> Iterator[tuple[array[int], array[int]]]:
+    # Both sets, cut at the same addresses into pieces of at most PIECE_RANGES of the larger one. A list of numbers
+    # takes five times the memory of an array: none is made of a whole set.
+    larger = left if len(left) >= len(right) else right
+    low = 0
+    for index in range(2 * PIECE_RANGES, len(larger), 2 * PIECE_RANGES):
+        yield _clipped(left, low, larger[index]), _clipped(right, low, larger[index])
+        low = larger[index]
+    yield (_clipped(left, low, _TOP), _clipped(right, low, _TOP)) if low else (left, right)
+
+
+def _append(result: array[int], piece: array[int]) -> None:
+    # What was cut in two grows together.
+    if result and piece and result[-1] == piece[0]:
+        result.pop()
+        result.extend(piece[1:])
+    else:
+        result.extend(piece)
+
+
+def _union(left: array[int], right: array[int]) -> array[int]:
+    """Of two normalized ones. Costs no more than copies outside of where the smaller one lies."""
+    if len(left) < len(right):
+        left, right = right, left
+    if not right:
+        return left[:]
+    # Ranges of `left` that end before, or start behind all of `right`; those that touch it are not among them.
+    first = bisect_left(left, right[0]) // 2 * 2
+    last = (bisect_right(left, right[-1]) + 1) // 2 * 2
+    result = left[:first]
+    for mine, other in _pieces(left[first:last], right):
+        pairs = mine + other
+        starts, ends = sorted(pairs[0::2]), sorted(pairs[1::2])
+        _append(result, _union_sorted(starts, ends))
+    result.extend(left[last:])
+    return result
+
+
 def _intersection(left: array[int], right: array[int]) -> array[int]:
     if not left or not right or left[-1] <= right[0] or right[-1] <= left[0]:
         return array("Q")
     if len(left) < len(right):
         left, right = right, left
+    result = array("Q")
     if len(right) * _FEW <= len(left):  # slices of the large set
-        parts = array("Q")
         for start, end in zip(right[0::2], right[1::2]):
-            parts += _clipped(left, start, end)
-        return parts
-    starts = sorted(itertools.chain(left[0::2], right[0::2]))[1:]
-    ends = sorted(itertools.chain(left[1::2], right[1::2]))
-    both = list(map(operator.lt, starts, ends))
-    return _interleave(itertools.compress(starts, both), itertools.compress(ends, both))
+            result += _clipped(left, start, end)
+        return result
+    for mine, other in _pieces(left, right):
+        pairs = mine + other
+        starts, ends = sorted(pairs[0::2])[1:], sorted(pairs[1::2])
+        both = list(map(operator.lt, starts, ends))
+        _append(result, _interleave(itertools.compress(starts, both), itertools.compress(ends, both)))
+    return result
 
 
 def _complement(pairs: array[int]) -> array[int]:
@@ -145,9 +195,8 @@ class RangeSet:
     def pairs(self) -> array[int]:
         """Flat start, end, ... sorted and coalesced. Not to be changed by the caller."""
         if self._pending:
-            merged = self._pairs + self._pending
-            self._pending = array("Q")
-            self._pairs = _normalized(merged)
+            pending, self._pending = self._pending, array("Q")
+            self._pairs = _union(self._pairs, _normalized(pending))
         return self._pairs
 
     @property
@@ -168,16 +217,23 @@ class RangeSet:
             raise ValueError("a range ends before it starts")
         self._pending.append(start)
         self._pending.append(end)
+        self._settle()
 
     def update(self, other: RangeSet) -> None:
         self._pending.extend(other.pairs)
+        self._settle()
+
+    def _settle(self) -> None:
+        # What comes in the order of addresses, as it mostly does, is merged for the cost of a copy.
+        if len(self._pending) > 2 * PIECE_RANGES:
+            self.pairs  # noqa: B018  # merges
 
     def union(self, other: RangeSet) -> RangeSet:
         if not other:
             return self.copy()
         if not self:
             return other.copy()
-        return RangeSet._of(_normalized(self.pairs + other.pairs))
+        return RangeSet._of(_union(self.pairs, other.pairs))
 
     def intersect(self, other: RangeSet) -> RangeSet:
         return RangeSet._of(_intersection(self.pairs, other.pairs))

@@ -236,7 +236,7 @@ class Rebuild:
     def place(self, batch: PageBatch) -> None:
         """Land one batch of pages."""
         self._placer.place(batch)
-        if batch.encoding is not PageEncoding.ABSENT:
+        if batch.encoding not in (PageEncoding.ABSENT, PageEncoding.EXPECT):
             self.pages_total += batch.nr_pages
         if batch.encoding is PageEncoding.ZERO:
             self.pages_zero += batch.nr_pages

@@ -16,6 +16,7 @@ from agent.errors import DumpError, RefusedError
 from agent.link import Link
 from agent.pages.sender import OnRead, PageCounters, PageSender
 from agent.procfs.maps import MapsEntry, parse_maps, read_maps
+from agent.procfs.status import read_status
 from agent.ranges import RangeSet
 from agent.report import RoundReport
 from agent.spaces import PROCESS_SPACE
@@ -116,6 +117,8 @@ class RoundSender:
         self._link.send(session.round_begin())
         if dirty.absent:
             self._sender.send_absent(PROCESS_SPACE, dirty.absent)
+        if number == 0 and read_status(self._target.pid).thp_enabled:
+            self._sender.send_expected(PROCESS_SPACE, dirty.pages)
         expected = dirty.pages.nr_bytes
         self._on_progress(number, 0, expected)
         counters = self._sender.send_process_pages(
@@ -124,7 +127,7 @@ class RoundSender:
         self._tracker.forget(counters.gone)
         pages_dirty = dirty.pages.nr_pages
         for key, ranges in dirty.shared.items():
-            pages_dirty += self._send_shared(key, ranges)
+            pages_dirty += self._send_shared(key, ranges, final=final)
         totals = session.round_end()
         self._link.send(totals)
         if not final and not self._link.recorded:
@@ -180,7 +183,7 @@ class RoundSender:
             described = SharedObjects(objects=tuple(changed.values()))
             self._link.send(encode_section("shmem", self._target.ns_pid, described))
 
-    def _send_shared(self, key: SharedKey, ranges: RangeSet | None) -> int:
+    def _send_shared(self, key: SharedKey, ranges: RangeSet | None, *, final: bool) -> int:
         """Send dirty content of an object; returns how many pages that was."""
         fd = self._tracker.shared_watch.fd_of(key)
         if fd is None:
@@ -195,7 +198,7 @@ class RoundSender:
             if self._witness is not None:
                 self._witness.dropped(key, absent)
         sent: PageCounters = self._sender.send_file_pages(
-            object_id, fd, pages, on_read=self._witnessed(key)
+            object_id, fd, pages, final=final, on_read=self._witnessed(key)
         )
         return sent.pages_sent
 

@@ -253,7 +253,7 @@ class _Migration:
             self.limiter = BandwidthLimit(self.options.bandwidth_limit)
         sender = PageSender(
             link.send_raw,
-            compress=Compressor(method.method.value, method.level),
+            compress=Compressor(method.method.value, method.level, progress=link.channel.progress),
             on_batch=link.session.page_batch_sent,
             limiter=self.limiter,
         )

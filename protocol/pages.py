@@ -9,7 +9,7 @@
     16      16*n  ranges     start, end as u64 pairs: [start, end) bytes, page aligned, sorted,
                              disjoint
     ...           payload    RAW: the ranges' bytes one after the other; ZSTD: one zstd frame of
-                             them; ZERO, ABSENT: nothing
+                             them; ZERO, ABSENT, EXPECT: nothing
 
 Addresses are target addresses, or byte offsets into a shared object. Nothing here loops over
 pages or ranges in Python: a batch costs the same few calls whatever its size. This module must
@@ -47,6 +47,9 @@ class PageEncoding(enum.IntEnum):
     """Nothing is there any more: drop what earlier batches brought."""
     ZSTD = 4
     """The payload is the contents, compressed."""
+    EXPECT = 5
+    """Every page of these ranges is there on the source and about to be sent in this round: the
+    receiver may get memory ready for them. It places nothing and promises nothing."""
 
 
 _ENCODINGS = {int(encoding): encoding for encoding in PageEncoding}

@@ -217,7 +217,7 @@ class _RoundTotals:
             self.pages_zero += batch.nr_pages
         elif batch.encoding is PageEncoding.ABSENT:
             self.pages_absent += batch.nr_pages
-        else:
+        elif batch.encoding is not PageEncoding.EXPECT:
             self.pages_raw += batch.nr_pages
         self.bytes_payload += batch.payload.nbytes
 

@@ -194,7 +194,7 @@ def _add_memory_options(parser: common.Parser) -> None:
         metavar="none|zstd[:LEVEL]|auto",
         type=common.compression,
         default=CompressOption(),
-        help="compress pages; auto: only if the link is slower than the compression (default: "
+        help="compress pages; auto: as hard as makes them arrive soonest (default: "
         "auto)",
     )
     group.add_argument(

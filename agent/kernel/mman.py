@@ -1,17 +1,18 @@
 """Memory mapping constants and calls beyond the standard library's mmap.
 
 Sources: include/uapi/asm-generic/mman-common.h, include/uapi/asm-generic/mman.h, include/uapi/linux/mman.h,
-arch/x86/include/uapi/asm/mman.h, mmap(2), madvise(2), mremap(2), mseal(2).
+arch/x86/include/uapi/asm/mman.h, mmap(2), madvise(2), mremap(2), mseal(2), process_madvise(2).
 """
 
 from __future__ import annotations
 
 import ctypes
+from array import array
 from ctypes import c_int, c_size_t, c_uint64, c_void_p
 from typing import Final
 
 from agent.kernel.libc import check, libc, os_error, syscall
-from agent.kernel.syscalls import NR_mseal
+from agent.kernel.syscalls import NR_mseal, NR_process_madvise
 
 PROT_EXEC: Final = 0x4
 PROT_NONE: Final = 0x0
@@ -109,6 +110,17 @@ def mprotect(address: int, length: int, prot: int) -> None:
 def madvise(address: int, length: int, advice: int) -> None:
     """Advise on memory of this process (MADV_*)."""
     check(_madvise(address, length, advice), "madvise", address, length, advice)
+
+
+def process_madvise(pidfd: int, vectors: array[int], advice: int) -> int:
+    """Advise on memory of another process: pairs (address, length), at most 1024; returns the bytes it was done for.
+
+    MADV_COLLAPSE: since Linux kernel commit 7d8faaf15545 ("mm/madvise: introduce MADV_COLLAPSE sync
+    hugepage collapse") (in v6.1).
+
+    :raises OSError: it could be done for none: EINVAL also where the kernel does not know the advice; EPERM, ENOSYS.
+    """
+    return syscall(NR_process_madvise, pidfd, vectors.buffer_info()[0], len(vectors) // 2, advice, 0)
 
 
 def mremap(

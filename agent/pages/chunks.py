@@ -12,6 +12,8 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 
+from agent.ranges import PIECE_RANGES
+
 
 class Stream:
     """The concatenation of sorted flat pairs start, end, ..."""
@@ -20,8 +22,10 @@ class Stream:
 
     def __init__(self, pairs: array[int]) -> None:
         self.pairs = pairs
-        lengths = map(operator.sub, pairs[1::2], pairs[0::2])
-        self._ends = array("Q", list(itertools.accumulate(lengths)))
+        ends = itertools.accumulate(map(operator.sub, pairs[1::2], pairs[0::2]))
+        self._ends = array("Q")
+        while piece := list(itertools.islice(ends, PIECE_RANGES)):  # never a list of all: it takes five times as much
+            self._ends.extend(array("Q", piece))
         self.length = self._ends[-1] if self._ends else 0
 
     def part(self, low: int, high: int) -> array[int]:

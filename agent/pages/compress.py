@@ -1,62 +1,75 @@
 """Page contents through zstandard; the only importer of it.
 
-Level 1 makes about 0.4 GB/s a thread: it pays only where the link is slower. "auto" therefore measures what the link
-takes and compresses while it is slow and the data shrinks.
+Level 1 makes about 0.4 GB/s a thread: it pays only where the link is slower, and where the data shrinks. "auto" finds
+that out (auto.py).
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 import zstandard
 
 from agent.errors import TransferError
+from agent.kernel.tcp_info import LinkProgress
+from agent.pages.auto import LEVELS, AutoLevel
 
-FAST_LINK_BYTES_PER_S = 200e6
-"""Above this, compressing on one core is slower than sending."""
 WORTHWHILE_RATIO = 0.9
 """Compressed size over raw size below which a batch goes compressed."""
-MEASURE_BYTES = 4 << 20
-"""Sent raw before "auto" judges the link."""
 PROBE_EVERY = 16
 """While data does not shrink, "auto" tries one batch in so many."""
 
 
 class Compressor:
-    """Compresses one batch at a time. Method "none", "zstd" or "auto"."""
+    """Compresses one batch at a time. Method "none", "zstd" or "auto".
 
-    def __init__(self, method: str = "none", level: int = 1) -> None:
+    ``progress`` says how far the link has got; None: it cannot tell.
+    """
+
+    def __init__(
+        self,
+        method: str = "none",
+        level: int = 1,
+        *,
+        progress: Callable[[], LinkProgress | None] = lambda: None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         if method not in ("none", "zstd", "auto"):
             raise ValueError(f"unknown compression method {method!r}")
-        self._method = method
-        self._zstd = zstandard.ZstdCompressor(level=level) if method != "none" else None
-        self._sent_bytes = 0
-        self._sent_s = 0.0
+        self._auto = AutoLevel() if method == "auto" else None
+        self._progress = progress
+        self._clock = clock
+        levels = {"none": (), "zstd": (level,), "auto": LEVELS[1:]}[method]
+        self._level = level if method == "zstd" else 0
+        self._zstd = {each: zstandard.ZstdCompressor(level=each) for each in levels}
         self._hopeless = 0
 
-    def sent(self, nr_bytes: int, seconds: float) -> None:
-        """Tell how long the link took for `nr_bytes`."""
-        self._sent_bytes += nr_bytes
-        self._sent_s += seconds
+    def begin(self, *, final: bool = False) -> None:
+        """Batches are about to follow one another; ``final``: the target stands still meanwhile."""
+        if self._auto is not None:
+            self._auto.begin(final=final)
+
+    def sent(self, page_bytes: int, wire_bytes: int) -> None:
+        """A batch was handed to the link: so many bytes of pages, in so many bytes."""
+        if self._auto is not None:
+            self._auto.sent(page_bytes, wire_bytes, self._clock(), self._progress())
 
     def compress(self, payload: bytes | bytearray | memoryview) -> bytes | None:
         """Return the compressed payload, or None: send it raw."""
-        if self._zstd is None or (self._method == "auto" and not self._worth_trying()):
+        level = self._level if self._auto is None else self._auto.level
+        if not level:
             return None
-        packed = self._zstd.compress(payload)
-        if len(packed) < WORTHWHILE_RATIO * len(payload):
-            self._hopeless = 0
-            return packed
-        self._hopeless = PROBE_EVERY if self._method == "auto" else 0
-        return None
-
-    def _worth_trying(self) -> bool:
-        if self._sent_bytes < MEASURE_BYTES:
-            return False
-        if self._sent_bytes > FAST_LINK_BYTES_PER_S * self._sent_s:
-            return False
         if self._hopeless:
             self._hopeless -= 1
-            return False
-        return True
+            return None
+        began = self._clock()
+        packed = self._zstd[level].compress(payload)
+        is_smaller = len(packed) < WORTHWHILE_RATIO * len(payload)
+        if self._auto is not None:
+            self._auto.packed(self._clock() - began, smaller=is_smaller)
+            self._hopeless = 0 if is_smaller else PROBE_EVERY - 1
+        return packed if is_smaller else None
 
 
 class Decompressor:

@@ -21,6 +21,7 @@ from agent.kernel import process_vm
 from agent.kernel.libc import check, libc
 from agent.pages.chunks import Stream, to_iovecs
 from agent.pages.compress import Decompressor
+from agent.pages.huge import HugePages
 from agent.ranges import RangeSet
 from protocol.pages import PageBatch, PageEncoding
 
@@ -43,7 +44,7 @@ def local_address(buffer: memoryview) -> tuple[int, object]:
 class _Space:
     """What is known of one destination address space or object."""
 
-    __slots__ = ("absent", "anonymous", "fd", "held", "pid", "written")
+    __slots__ = ("absent", "anonymous", "fd", "held", "huge", "pid", "written")
 
     def __init__(self, pid: int, fd: int) -> None:
         self.pid = pid  # 0: an object
@@ -52,6 +53,7 @@ class _Space:
         self.absent = RangeSet()  # to be dropped, less what is in `written`
         self.written = RangeSet()  # placed since the last ABSENT batch
         self.anonymous = RangeSet()
+        self.huge = HugePages(pid) if pid else None
 
     def outstanding(self) -> RangeSet:
         if self.absent and self.written:  # in this order: a set that grew merges its parts when it is looked at
@@ -71,7 +73,8 @@ class PagePlacer:
 
     def close(self) -> None:
         for space in self._spaces.values():
-            if space.pid:
+            if space.huge is not None:
+                space.huge.close()
                 os.close(space.fd)
         self._spaces.clear()
 
@@ -117,7 +120,11 @@ class PagePlacer:
         space = self._spaces.get(batch.space_id)
         if space is None:
             raise TransferError(f"Page batch for unknown space {batch.space_id}")
-        if batch.encoding is PageEncoding.ABSENT:
+        if batch.encoding is PageEncoding.EXPECT:
+            # Once something is held, touching a page may be one write too many; the first round is the large one.
+            if space.huge is not None and not space.held:
+                space.huge.expect(RangeSet(batch.ranges).intersect(space.anonymous))
+        elif batch.encoding is PageEncoding.ABSENT:
             self._place_absent(space, RangeSet(batch.ranges))
         elif batch.encoding is PageEncoding.ZERO:
             self._place_zero(space, RangeSet(batch.ranges))
@@ -156,12 +163,13 @@ class PagePlacer:
         space.written.update(rest)
 
     def _write(self, space: _Space, pairs: array[int], payload: memoryview) -> None:
-        if not space.pid:
+        if space.huge is None:
             offset = 0
             for start, end in zip(pairs[0::2], pairs[1::2]):
                 _write_all(space.fd, payload[offset : offset + end - start], start)
                 offset += end - start
             return
+        space.huge.prepare(pairs)
         address, pin = local_address(payload)
         vectors = to_iovecs(pairs)
         nr, index, offset = len(vectors) // 2, 0, 0

@@ -9,8 +9,9 @@ Must never write to the target. Addresses are target addresses or object offsets
 from __future__ import annotations
 
 import errno
+import itertools
+import operator
 import os
-import time
 from array import array
 from collections.abc import Callable
 from ctypes import addressof, c_char
@@ -30,6 +31,9 @@ from protocol.pages import PageBatch, PageEncoding, batch_buffers, check_batch
 
 CHUNK_BYTES = 512 << 10
 """Bytes read at a time: large enough to hide a call's cost, small enough to stay in L2 with what is sent."""
+
+EXPECT_BYTES = 2 << 20
+"""Shorter ranges are not announced: no huge page fits in."""
 
 _UNREADABLE = (errno.EFAULT, errno.EIO)
 
@@ -210,6 +214,7 @@ class PageSender:
         """
         counters = PageCounters()
         zeros = RangeSet()
+        self._compress.begin(final=final)
         for pairs in Stream(pages.pairs).chunks(CHUNK_BYTES):
             got = self._reader.read_process(pid, pairs, counters.gone)
             self._show(on_read, got)
@@ -222,11 +227,18 @@ class PageSender:
         return counters
 
     def send_file_pages(
-        self, space_id: int, fd: int, pages: RangeSet, *, on_read: OnRead | None = None
+        self,
+        space_id: int,
+        fd: int,
+        pages: RangeSet,
+        *,
+        final: bool = False,
+        on_read: OnRead | None = None,
     ) -> PageCounters:
         """Send pages of the object `fd`. Those beyond its end are left out and reported as gone."""
         counters = PageCounters()
         zeros = RangeSet()
+        self._compress.begin(final=final)
         for pairs in Stream(pages.pairs).chunks(CHUNK_BYTES):
             got = self._reader.read_file(fd, pairs, counters.gone)
             self._show(on_read, got)
@@ -243,6 +255,7 @@ class PageSender:
         """
         counters = PageCounters()
         zeros = RangeSet()
+        self._compress.begin()
         for pairs in Stream(pages.pairs).chunks(CHUNK_BYTES):
             gone = RangeSet()
             got = self._reader.read_process(pid, array("Q", map(shift.__add__, pairs)), gone)
@@ -250,6 +263,13 @@ class PageSender:
             self._send_chunk(space_id, array("Q", map((-shift).__add__, got)), zeros, counters)
         self._send_bare(space_id, PageEncoding.ZERO, zeros, counters)
         return counters
+
+    def send_expected(self, space_id: int, pages: RangeSet) -> None:
+        """Announce what is long enough for the destination to get huge pages ready for it."""
+        starts, ends = pages.starts, pages.ends
+        is_long = map(EXPECT_BYTES.__le__, map(operator.sub, ends, starts))
+        ranges = RangeSet.of(itertools.compress(zip(starts, ends), is_long))
+        self._send_bare(space_id, PageEncoding.EXPECT, ranges, PageCounters())
 
     def send_absent(self, space_id: int, ranges: RangeSet) -> PageCounters:
         """Tell the destination to drop what it holds in `ranges`."""
@@ -318,6 +338,6 @@ class PageSender:
             self._limiter(nr_bytes + 16 * len(ranges))
         if self._on_batch is not None:
             self._on_batch(batch)
-        began = time.perf_counter()
         self._send_buffers(encode_frame(FrameType.PAGES, *batch_buffers(batch)))
-        self._compress.sent(nr_bytes, time.perf_counter() - began)
+        if nr_bytes:
+            self._compress.sent(batch.nr_bytes, nr_bytes)

@@ -8,10 +8,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Iterable
-from typing import Final
+from collections.abc import Iterable, Iterator
 
-_AT_ONCE_BYTES: Final = 1 << 16
+READ_BYTES = 1 << 16
 
 
 def read_bytes(path: str) -> bytes:
@@ -20,18 +19,35 @@ def read_bytes(path: str) -> bytes:
     :raises ProcessLookupError: the task is gone (whatever errno this kernel chose to say so).
     :raises FileNotFoundError: the task is there but has no such file.
     """
+    chunks = list(_chunks(path))
+    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+def read_lines(path: str) -> Iterator[bytes]:
+    """Yield the content in pieces of whole lines; only the last one may be cut off. Errors as in read_bytes()."""
+    rest = b""
+    for chunk in _chunks(path):
+        end = chunk.rfind(b"\n") + 1
+        if end:
+            yield rest + chunk[:end]
+            rest = chunk[end:]
+        else:
+            rest += chunk
+    if rest:
+        yield rest
+
+
+def _chunks(path: str) -> Iterator[bytes]:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         raise_if_gone(path)
         raise
     try:
-        chunks = []
-        while chunk := os.read(fd, 1 << 16):
-            chunks.append(chunk)
+        while chunk := os.read(fd, READ_BYTES):
+            yield chunk
     finally:
         os.close(fd)
-    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
 class ReadAgain:
@@ -48,9 +64,9 @@ class ReadAgain:
         fd = self._fds.get(path)
         if fd is not None:
             with contextlib.suppress(ProcessLookupError):  # the task is gone; by now another may have its name
-                content = part = os.pread(fd, _AT_ONCE_BYTES, 0)
+                content = part = os.pread(fd, READ_BYTES, 0)
                 while part:
-                    part = os.pread(fd, _AT_ONCE_BYTES, len(content))
+                    part = os.pread(fd, READ_BYTES, len(content))
                     content += part
                 return content
         return read_bytes(path)

@@ -5,10 +5,12 @@ Addresses are target addresses. Source: Documentation/filesystems/proc.rst (the 
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Iterable
 from typing import Final, NamedTuple
 
-from agent.procfs.files import read_bytes
+from agent.procfs.files import read_bytes, read_lines
 
 PROTECTION_KEY: Final = "pkey"
 """Stands among the flags of a mapping with a protection key: the kernel shows it on a line of its own."""
@@ -39,11 +41,16 @@ _LINE: Final = re.compile(_HEAD + rb"|^(\w+): +(\d+)( kB)?$|^VmFlags:(.*)$", re.
 
 def parse_vm_flags(data: bytes) -> list[VmFlags]:
     """Parse only what read_vm_flags() returns from the text of smaps."""
+    return _parse_vm_flags((data,))
+
+
+def _parse_vm_flags(pieces: Iterable[bytes]) -> list[VmFlags]:
+    # Whole lines; a mapping may begin in one piece and end in another.
     result: list[VmFlags] = []
     known: dict[bytes, frozenset[str]] = {}
     start = end = 0
     keyed = b""
-    for low, high, flags, key in _FLAGS.findall(data):
+    for low, high, flags, key in itertools.chain.from_iterable(map(_FLAGS.findall, pieces)):
         if low:
             start, end, keyed = int(low, 16), int(high, 16), b""
             continue
@@ -82,7 +89,8 @@ def read_vm_flags(pid: int) -> list[VmFlags]:
 
     :raises ProcessLookupError: the process is gone.
     """
-    return parse_vm_flags(read_bytes(f"/proc/{pid}/smaps"))
+    # 700 bytes a mapping: tens of thousands of them are not held as text.
+    return _parse_vm_flags(read_lines(f"/proc/{pid}/smaps"))
 
 
 def read_smaps(pid: int) -> list[SmapsEntry]:

@@ -111,6 +111,7 @@ BATCHES: dict[str, PageBatch] = {
     "absent": batch(PageEncoding.ABSENT, 0x20000, 0x21000),
     # Any bytes: the protocol does not look into compressed contents.
     "zstd": batch(PageEncoding.ZSTD, 0x1000, 0x2000, payload=b"\x28\xb5\x2f\xfd" + bytes(16)),
+    "expect": batch(PageEncoding.EXPECT, 0x7F00_0000_0000, 0x7F00_0040_0000),
 }
 
 

@@ -21,7 +21,7 @@ from protocol.pages import (
 )
 from tests.protocol.samples import BATCHES, PAGE
 
-RAW, ZERO, ABSENT, ZSTD = PageEncoding
+RAW, ZERO, ABSENT, ZSTD, EXPECT = PageEncoding
 
 
 def wire(
@@ -95,7 +95,7 @@ BAD_FRAMES = {
     "trailing byte": wire(0, PAGE) + b"x",
     "space 0": wire(0, PAGE, space_id=0),
     "encoding 0": wire(0, PAGE, encoding=0),
-    "encoding 5": wire(0, PAGE, encoding=5),
+    "encoding 6": wire(0, PAGE, encoding=6),
     "reserved bytes": wire(0, PAGE, reserved=b"\0\0\1"),
     "more ranges than bytes": wire(0, PAGE, nr_ranges=2),
     "huge range count": wire(0, PAGE, nr_ranges=0xFFFFFFFF),
@@ -128,6 +128,7 @@ def test_bad_batch_is_refused(frame: bytes) -> None:
         (1 << 32, ZERO, b""),
         (1, RAW, b"short"),
         (1, ZERO, b"x"),
+        (1, EXPECT, b"x"),
         (1, ZSTD, b""),
         (1, ZSTD, bytes(PAGE)),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import tracemalloc
 from array import array
 
 import pytest
@@ -99,3 +100,47 @@ def test_touches_agrees_with_clipping() -> None:
     for start in range(50):
         for end in range(start, 50):
             assert ranges.touches(start, end) == bool(ranges.clip(start, end))
+
+
+@given(MANY, MANY, FEW)
+def test_operations_in_pieces_agree_with_sets_of_numbers(
+    left: list[tuple[int, int]], right: list[tuple[int, int]], few: list[tuple[int, int]]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("agent.ranges.PIECE_RANGES", 3)
+        a, b = RangeSet.of(left), RangeSet.of(right)
+        grown = RangeSet.of(few)
+        for start, end in left:
+            grown.add(start, end)
+        grown.update(b)
+        assert members(a) == numbers(left)
+        assert members(a.union(b)) == numbers(left) | numbers(right)
+        assert members(a.intersect(b)) == numbers(left) & numbers(right)
+        assert members(a.subtract(b)) == numbers(left) - numbers(right)
+        assert members(grown) == numbers(left) | numbers(right) | numbers(few)
+
+
+def test_the_last_address_survives_being_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agent.ranges.PIECE_RANGES", 2)
+    top = (1 << 64) - 1
+    many = RangeSet.of((n, n + 1) for n in range(0, 40, 2))
+    ends = RangeSet.of([(0, 1), (top - 5, top)])
+    assert many.union(ends).subtract(many) == RangeSet((top - 5, top))
+    assert many.union(ends).intersect(RangeSet((0, top))) == many.union(ends)
+
+
+def test_large_sets_take_no_more_than_a_few_copies_of_memory() -> None:
+    nr, copies = 100_000, 6
+    even = RangeSet(array("Q", range(0, 4 * nr, 2)))
+    scattered = RangeSet(array("Q", range(1, 4 * nr + 1, 2)))
+    one_copy = 16 * nr
+    tracemalloc.start()
+    try:
+        for operation in (even.union, even.intersect, even.subtract, even.copy().update):
+            tracemalloc.reset_peak()
+            before, _ = tracemalloc.get_traced_memory()
+            operation(scattered)
+            _, peak = tracemalloc.get_traced_memory()
+            assert peak - before < copies * one_copy, f"{operation.__name__}: {peak - before} bytes"
+    finally:
+        tracemalloc.stop()

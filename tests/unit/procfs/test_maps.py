@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from agent.procfs import files, smaps
+from agent.procfs.files import read_lines
 from agent.procfs.maps import MapsEntry, parse_maps
-from agent.procfs.smaps import SmapsEntry, parse_smaps, parse_vm_flags
+from agent.procfs.smaps import SmapsEntry, parse_smaps, parse_vm_flags, read_vm_flags
 
 TEXT = b"""\
 00400000-00452000 r-xp 00001000 08:02 173521                             /usr/bin/dbus daemon
@@ -73,3 +77,18 @@ def test_smaps_counters_are_bytes() -> None:
     assert isinstance(first, SmapsEntry)
     assert first.bytes_by_name == {"Size": 8192, "Rss": 4096}
     assert (first.protection_key, second.protection_key) == (3, 0)
+
+
+@pytest.mark.parametrize("size", [1, 7, 100, 1 << 16])
+def test_flags_read_in_pieces_of_any_size_are_the_same(
+    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = SMAPS + SMAPS.replace(b"7f00", b"7f01")[:-1]  # the last line is cut off
+    (tmp_path / "smaps").write_bytes(text)
+    monkeypatch.setattr(files, "READ_BYTES", size)
+    pieces = list(read_lines(str(tmp_path / "smaps")))
+    assert b"".join(pieces) == text
+    assert all(piece.endswith(b"\n") for piece in pieces[:-1])
+    monkeypatch.setattr(smaps, "read_lines", lambda path: read_lines(str(tmp_path / "smaps")))
+    assert read_vm_flags(1) == parse_vm_flags(text)
+    assert len(read_vm_flags(1)) == 4

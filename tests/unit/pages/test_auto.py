@@ -1,0 +1,232 @@
+"""--compress=auto over simulated links: never much slower than the best fixed choice, whatever it is that bounds it."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import pytest
+
+from agent.kernel.tcp_info import LinkProgress
+from agent.pages.auto import LEVELS, AutoLevel
+from agent.pages.compress import PROBE_EVERY, Compressor
+
+BATCH = 512 << 10
+MB = 1e6
+
+
+@dataclass
+class World:
+    """Bytes a second of the hosts and of the link between them; shrunk size by level."""
+
+    link: float
+    receiver: float = 1500 * MB
+    reader: float = 1500 * MB
+    decompress: float = 900 * MB
+    buffer: int = 6 << 20
+    noise: float = 0.0
+    knows: bool = True
+    """Whether the kernel tells how far the link has got."""
+    ratios: tuple[float, ...] = (1.0, 0.5, 0.47)
+    speeds: tuple[float, ...] = (0.0, 400 * MB, 200 * MB)
+
+
+class Simulation:
+    """One sender, a buffer, and what empties it: the slower one of link and receiver."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.now_s = 0.0
+        self.queued = 0.0
+        self.written = 0
+        self.busy_s = self.receiver_s = 0.0
+        self._chance = random.Random(5)
+
+    def _pass(self, seconds: float, level: int) -> None:
+        world = self.world
+        index = LEVELS.index(level)
+        takes = 1 / world.receiver + (1 / world.decompress if level else 0.0)
+        receiver = world.ratios[index] / takes  # in bytes on the wire
+        drained = min(self.queued, seconds * min(world.link, receiver))
+        self.now_s += seconds
+        busy = seconds if self.queued > drained else drained / min(world.link, receiver)
+        self.busy_s += busy
+        if receiver < world.link:
+            self.receiver_s += busy
+        self.queued -= drained
+
+    def _work(self, seconds: float, level: int) -> None:
+        self._pass(seconds * (1 + self.world.noise * self._chance.random() ** 3), level)
+
+    def send(self, level: int) -> int:
+        """One batch; returns its bytes on the wire."""
+        world = self.world
+        index = LEVELS.index(level)
+        self._work(BATCH / world.reader, level)
+        if level:
+            self._work(BATCH / world.speeds[index], level)
+        wire = int(BATCH * world.ratios[index])
+        while self.queued + wire > world.buffer:
+            self._pass(1e-4, level)
+        self.queued += wire
+        self.written += wire
+        return wire
+
+    def progress(self) -> LinkProgress | None:
+        if not self.world.knows:
+            return None
+        acked = int(self.written - self.queued)
+        return LinkProgress(acked, int(self.busy_s * 1e6), int(self.receiver_s * 1e6), int(self.world.link))
+
+
+def fixed(world: World, level: int, nr: int) -> float:
+    simulation = Simulation(world)
+    for _ in range(nr):
+        simulation.send(level)
+    while simulation.queued:
+        simulation._pass(1e-4, level)
+    return simulation.now_s
+
+
+def adaptive(world: World, nr: int) -> tuple[float, AutoLevel]:
+    simulation, auto, hopeless = Simulation(world), AutoLevel(), 0
+    for _ in range(nr):
+        level = auto.level
+        hopeless = max(hopeless - 1, 0)
+        if level and hopeless:
+            level = 0
+        elif level:
+            shrinks = world.ratios[LEVELS.index(level)] <= 0.9
+            auto.packed(BATCH / world.speeds[LEVELS.index(level)], smaller=shrinks)
+            if not shrinks:
+                simulation._work(BATCH / world.speeds[LEVELS.index(level)], level)
+                level, hopeless = 0, PROBE_EVERY
+        wire = simulation.send(level)
+        auto.sent(BATCH, wire, simulation.now_s, simulation.progress())
+    while simulation.queued:
+        simulation._pass(1e-4, auto.level)
+    return simulation.now_s, auto
+
+
+WORLDS = {
+    "unlimited": World(link=10_000 * MB),
+    "unlimited, slow receiver": World(link=10_000 * MB, receiver=350 * MB),
+    "1 gbit": World(link=119 * MB),
+    "10 gbit": World(link=1190 * MB),
+    "2 gbit": World(link=240 * MB),
+    "100 mbit": World(link=11.9 * MB),
+    "10 mbit": World(link=1.19 * MB),
+    "1 gbit, incompressible": World(link=119 * MB, ratios=(1.0, 1.0, 1.0)),
+    "unlimited, incompressible": World(link=10_000 * MB, ratios=(1.0, 1.0, 1.0)),
+    "1 gbit, nothing known": World(link=119 * MB, knows=False),
+    "unlimited, nothing known": World(link=10_000 * MB, knows=False, buffer=1 << 20),
+    "1 gbit, busy hosts": World(link=119 * MB, noise=2.0),
+    "unlimited, busy hosts": World(link=10_000 * MB, receiver=400 * MB, noise=4.0),
+}
+
+
+@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS.keys())
+def test_auto_is_within_a_tenth_of_the_best(world: World) -> None:
+    nr = 200 if world.link < 20 * MB else 1024
+    if world.link < 2 * MB:
+        nr = 60
+    best = min(fixed(world, level, nr) for level in (LEVELS[:2] if world.ratios[1] < 0.9 else LEVELS[:1]))
+    took, _ = adaptive(world, nr)
+    assert took < 1.1 * best + 0.15, f"{took:.2f} s instead of {best:.2f} s"
+
+
+@pytest.mark.parametrize(
+    ("name", "levels"), [("1 gbit", {1, 4}), ("unlimited", {0}), ("unlimited, slow receiver", {0})]
+)
+def test_it_is_decided_within_tens_of_megabytes(name: str, levels: set[int]) -> None:
+    _, auto = adaptive(WORLDS[name], (64 << 20) // BATCH)
+    assert LEVELS[auto.index] in levels
+
+
+def test_a_higher_level_is_found_where_it_pays() -> None:
+    world = World(link=11.9 * MB, ratios=(1.0, 0.5, 0.3))
+    took, _ = adaptive(world, 1000)
+    assert took < 1.1 * fixed(world, 4, 1000) < fixed(world, 1, 1000)
+
+
+def test_a_link_that_changes_is_noticed() -> None:
+    world = World(link=10_000 * MB)
+    levels: list[int] = []
+
+    def before(number: int) -> None:
+        if number == 600:
+            world.link = 60 * MB
+        elif number == 2400:
+            world.link = 10_000 * MB
+
+    simulation, auto = Simulation(world), AutoLevel()
+    for number in range(5000):
+        before(number)
+        if auto.level:
+            auto.packed(BATCH / 400e6, smaller=True)
+        wire = simulation.send(auto.level)
+        auto.sent(BATCH, wire, simulation.now_s, simulation.progress())
+        levels.append(LEVELS[auto.index])
+    assert levels[599] == 0 and levels[2399] > 0 and levels[-1] == 0
+
+
+def test_pauses_between_rounds_are_nobodys_fault() -> None:
+    simulation, auto = Simulation(World(link=119 * MB)), AutoLevel()
+    for number in range(200):
+        if number % 20 == 19:
+            simulation._pass(5.0, auto.level)
+            auto.begin(final=False)
+        if auto.level:
+            auto.packed(BATCH / 400e6, smaller=True)
+        wire = simulation.send(auto.level)
+        auto.sent(BATCH, wire, simulation.now_s, simulation.progress())
+    assert LEVELS[auto.index] > 0
+
+
+def test_data_that_does_not_shrink_is_hardly_looked_at() -> None:
+    now = 0.0
+    compressor = Compressor("auto", clock=lambda: now)
+    tried: list[int] = []
+    for level, each in compressor._zstd.items():
+
+        class Counting:
+            def compress(self, payload: bytes, level: int = level) -> bytes:
+                tried.append(level)
+                return payload
+
+        compressor._zstd[level] = Counting()  # type: ignore[assignment]
+        assert each
+    payload = random.Random(1).randbytes(BATCH)
+    for _ in range(2000):
+        assert compressor.compress(payload) is None
+        now += 0.001
+        compressor.sent(BATCH, BATCH)
+    assert 1 <= len(tried) <= 20
+
+
+def test_fixed_methods_do_as_they_are_told() -> None:
+    zeros = bytes(BATCH)
+    assert Compressor("none").compress(zeros) is None
+    packed = Compressor("zstd", 3).compress(zeros)
+    assert packed is not None and len(packed) < 1000
+    assert Compressor("zstd").compress(random.Random(1).randbytes(BATCH)) is None
+    with pytest.raises(ValueError, match="unknown"):
+        Compressor("lz4")
+
+
+def test_final_pages_are_compressed_only_where_that_has_proved_faster() -> None:
+    for world, compresses in ((World(link=3000 * MB), False), (World(link=30 * MB), True)):
+        _seconds, auto = adaptive(world, 600)
+        auto.begin(final=True)
+        levels = set()
+        for number in range(100):
+            levels.add(auto.level)
+            auto.sent(BATCH, BATCH, 1000.0 + number, None)
+        (level,) = levels
+        assert (level > 0) == compresses, world
+
+
+def test_final_pages_of_a_small_process_go_raw() -> None:
+    auto = AutoLevel()
+    auto.begin(final=True)
+    assert auto.level == 0

@@ -19,7 +19,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from agent.errors import RestoreError, TargetGone, TransferError
@@ -102,6 +102,8 @@ class Rebuild:
         """Whether the process has its clocks already."""
         self._host_tids: dict[int, Tid] = {}
         """Threads that are there, leader included, by their own ids."""
+        self._urgent: set[Tid] = set()
+        """Those that run before ordinary ones, by their ids as the agent sees them."""
         self._open_files: dict[tuple[BackingFile, bool], int] = {}
 
     @property
@@ -278,6 +280,8 @@ class Rebuild:
             seen = Clocks(state.monotonic_ns, state.boottime_ns)
             self._enter_clocks(batch, seen.minus(read_clocks()).best(self._ahead))
             self._clone_threads(batch, [tid for tid in state.tids if tid != self.ns_pid])
+            # The leader still works for a target that runs.
+            self._make_urgent({*self._host_tids.values()} - {Tid(self.pid)})
 
     def begin_task(self, sections: Mapping[str, Sequence[object]]) -> None:
         """Restore files and make the threads; pages and mappings may still come."""
@@ -287,7 +291,7 @@ class Rebuild:
             TaskState.from_sections(states),
             self.pid,
             keep_pdeath_signal=self.options.wait,
-            urgent=self._make_urgent(),
+            urgent=self._make_urgent(self._host_tids.values()),
         )
         batch = Batch()
         self._task.early_calls(batch)
@@ -301,14 +305,15 @@ class Rebuild:
         self._restore_files(only(sections, "files", FilesState))
         with self._step("make threads"):
             self._make_threads(self._task)
-            self._make_urgent()
+            self._make_urgent(self._host_tids.values())
 
-    def _make_urgent(self) -> bool:
+    def _make_urgent(self, tids: Collection[Tid]) -> bool:
         """Have no thread wait for a CPU to make injected calls; their own scheduling comes at the end.
 
         A thread born of an urgent one would have no timer slack by default, so each is made urgent by itself.
         """
-        return all([make_urgent(tid) for tid in self._host_tids.values()])
+        self._urgent.update([tid for tid in tids if tid not in self._urgent and make_urgent(tid)])
+        return self._urgent.issuperset(tids)
 
     def _step(self, name: str) -> contextlib.AbstractContextManager[None]:
         return self._clock.phase(f"restore: {name}", frozen=True)
@@ -357,6 +362,7 @@ class Rebuild:
         clone_calls(batch, tids)
         if tids:
             make_ordinary(self.pid)  # see _make_urgent()
+            self._urgent.discard(Tid(self.pid))
         self.injector.run(batch)
         self._host_tids = host_tids(self.pid)
         for tid in tids:
@@ -364,8 +370,9 @@ class Rebuild:
 
     def _end_threads(self, tids: Iterable[int]) -> None:
         for tid in tids:
-            self.injector.end_thread(self.tracer.threads[self._host_tids[tid]])
-            del self._host_tids[tid]
+            host_tid = self._host_tids.pop(tid)
+            self.injector.end_thread(self.tracer.threads[host_tid])
+            self._urgent.discard(host_tid)
 
     def _enter_clocks(self, batch: Batch, ahead: Clocks) -> None:
         """Have the process's clocks go on where they stood; nothing is added where they do so by themselves."""
@@ -381,14 +388,9 @@ class Rebuild:
         enter_calls(batch, fd, agent_pidfd=self.skeleton.agent_pidfd)
 
     def _restore_threads(self, restore: TaskRestore) -> None:
-        host_tids = self._host_tids
-        leader = restore.state.process.pid
-        others: dict[int, Batch] = {host_tids[t.tid]: Batch() for t in restore.state.threads if t.tid != leader}
-        for thread in restore.state.threads[1:]:
-            restore.thread_calls(others[host_tids[thread.tid]], thread.tid)
-        if others:
+        if len(self._host_tids) > 1:
             with self._step("threads"):
-                self.injector.run_parallel(others)
+                self.injector.run_parallel(restore.thread_copies(self._host_tids))
         elapsed_ns = self._elapsed_ns(restore.state.process.clock_monotonic_ns)
         # The files were read a little later than the task.
         self._restorer.start(elapsed_ns=self._elapsed_ns(self._files_ns))
@@ -396,7 +398,7 @@ class Rebuild:
             finish_shared(self._object_fds[object_id], state)
         last = Batch()
         last.call(nr.NR_prctl, PR_SET_PDEATHSIG, 0, name="prctl(PR_SET_PDEATHSIG)")
-        restore.thread_calls(last, leader, elapsed_ns=elapsed_ns)
+        restore.leader_calls(last, elapsed_ns=elapsed_ns)
         self._restorer.last_calls(last)
         last.call(nr.NR_close, self.skeleton.agent_pidfd, name="close")
         with self._step("leader"):

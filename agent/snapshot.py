@@ -23,12 +23,14 @@ from agent.procfs.status import Status, read_task_status
 from agent.state.clocks import clock_shift
 from agent.state.creds import creds_of
 from agent.state.files import dump_files
+from agent.state.limits import dump_limits
 from agent.state.mempolicy import plan_policies
 from agent.state.mm import dump_mm, plan_brk
 from agent.state.sched import bound_cpus
 from agent.state.task import TaskDump
 from agent.target.inject import Batch, Injector
-from agent.target.tracer import TracedThread, Tracer
+from agent.target.tracer import Tracer
+from protocol.messages import StateSection
 from protocol.state import encode_section
 from protocol.state.guards import GuardsState
 from protocol.state.limits import NR_LIMITS, RLIM_INFINITY, LimitsState, ResourceLimit
@@ -100,31 +102,60 @@ def _running_threads(pid: int) -> Iterator[Status]:
                 raise
 
 
-def send_task(link: Link, target: Target, tracer: Tracer, threads: list[TracedThread]) -> int:
-    """Dump and send threads and process; every thread is stopped under this thread's ptrace.
+class TaskSender:
+    """Dumps and sends threads and process; made, at some expense, while the target still runs."""
 
-    Runs calls in the threads, which changes memory here and there (rseq areas, remainders of sleeps): the last
-    look at memory must come later. Returns the program break; notes the memory policies of mappings in the target.
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._dump = TaskDump(target.ctx, self._add_calls)
+        self._early_limits = dump_limits(target.pid)
+        self._limits_section = encode_section("limits", target.ns_pid, self._early_limits)
 
-    :raises MigrationError: something cannot be dumped; nothing was changed.
-    """
-    dump = TaskDump(target.ctx, tracer)
-    batches = {thread.tid: Batch() for thread in threads}
-    leader = batches[target.pid]
-    brk = plan_brk(leader)
-    policies = plan_policies(leader, target.pid) if target.policy_nodes is not None else dict
-    dump.plan(batches)
-    with Injector(tracer) as injector:
-        injector.run_parallel(batches)
-        task = dump.state()
-    target.policies = policies()
-    link.send_all(encode_section(*section) for section in task.sections())
-    return brk.value
+    def close(self) -> None:
+        """Close what is open for the dump; closing twice is harmless."""
+        self._dump.close()
 
+    def _add_calls(self, leader: Batch) -> None:
+        target = self._target
+        self._brk = plan_brk(leader)
+        self._policies = dict if target.policy_nodes is None else plan_policies(leader, target.pid)
 
-def send_mm(link: Link, target: Target, *, brk: int) -> None:
-    """Dump and send the memory descriptor."""
-    link.send(encode_section("mm", target.ns_pid, dump_mm(target.pid, brk=brk)))
+    def send(self, link: Link, tracer: Tracer) -> bool:
+        """Every thread is stopped under this thread's ptrace: dump all, and send it, the memory descriptor too.
+
+        Runs calls in the threads, which changes memory here and there (rseq areas, remainders of sleeps): the last
+        look at memory must come later. Notes the memory policies of mappings in the target.
+        Returns False, and sends nothing, if the target has child processes.
+
+        :raises MigrationError: something cannot be dumped; nothing was changed.
+        """
+        target, dump = self._target, self._dump
+        # Policies are asked for by mapping.
+        batches = dump.plan(tracer, anew=target.policy_nodes is not None)
+        with Injector(tracer) as injector:
+            injector.run_parallel(batches, meanwhile=dump.look())
+            if dump.has_children:
+                return False
+            dump.peek()
+            sections: list[StateSection] = []
+            injector.close(meanwhile=self._encode(sections))
+        link.send_all(sections)
+        return True
+
+    def _encode(self, sections: list[StateSection]) -> Iterator[object]:
+        """Fill a list of what is to be sent, step by step."""
+        threads = []
+        for thread in self._dump.states():
+            threads.append(thread)
+            yield thread
+        for kind, owner, state in self._dump.put_together(threads).sections():
+            as_before = state is self._early_limits
+            sections.append(self._limits_section if as_before else encode_section(kind, owner, state))
+            yield kind
+        target = self._target
+        target.policies = self._policies()
+        mm = dump_mm(target.pid, brk=self._brk.value)
+        sections.append(encode_section("mm", target.ns_pid, mm))
 
 
 def send_guards(link: Link, target: Target, guards: Iterable[int]) -> None:

@@ -36,13 +36,14 @@ from agent.pages.throttle import BandwidthLimit
 from agent.policy import Action, Decision, PolicyLimits, RoundStats, decide
 from agent.procfs.process import list_children
 from agent.procfs.stat import read_stat
+from agent.rehearsal import rehearse_dump
 from agent.report import CompletedReport, PhaseClock, Reporter, RoundReport, downtime
 from agent.rounds import RoundSender
 from agent.session_store import SessionStore
-from agent.snapshot import send_guards, send_mm, send_plan, send_pre_dump, send_task
+from agent.snapshot import TaskSender, send_guards, send_plan, send_pre_dump
 from agent.state.files import dump_files, has_direct_io
 from agent.state.inetsk import reset_connections
-from agent.target.tracer import TracedThread, Tracer
+from agent.target.tracer import Tracer
 from agent.tracker.base import Tracker
 from agent.tracker.choose import REFERENCE, Choice, choose_tracker
 from agent.tracker.create import create_tracker
@@ -142,6 +143,7 @@ class _Migration:
         self.store = SessionStore(options.state_dir)
         self.limiter: BandwidthLimit | None = None
         self.link: Link | None = None
+        self._made_ahead = contextlib.ExitStack()
 
     def run(self) -> None:
         """Go through all phases."""
@@ -162,7 +164,7 @@ class _Migration:
                 self._handshake(link)
             with self._phase("prepare"):
                 self._prepare(link)
-            with self._armed() as tracker, self._rounds(link, tracker) as rounds:
+            with self._armed() as tracker, self._rounds(link, tracker) as rounds, self._made_ahead:
                 self._precopy(link, tracker, rounds)
                 with self.reporter.deferred():
                     report = self._switch_over(link, tracker, rounds)
@@ -216,7 +218,9 @@ class _Migration:
     def _prepare(self, link: Link) -> None:
         send_plan(link, self.target)
         link.send(Prepare())
-        warm_up()  # while the destination looks for obstacles
+        # While the destination looks for obstacles:
+        warm_up()
+        rehearse_dump()
         if not link.recorded:
             prepared = link.expect(Prepared)
             if prepared.obstacles:
@@ -281,6 +285,8 @@ class _Migration:
                 break
         self._wait_for_children()
         rounds.learn_flags()
+        self.task_sender = TaskSender(self.target)
+        self._made_ahead.callback(self.task_sender.close)
         self._record(link)
         if not link.recorded:
             send_pre_dump(link, self.target)
@@ -343,25 +349,27 @@ class _Migration:
             link.send(Switchover())
             for _attempt in range(FREEZE_ATTEMPTS):
                 with Tracer(self.target.pid) as tracer:
-                    with self._phase("freeze", frozen=True):
-                        threads = tracer.stop_all()
-                    if list_children(self.target.pid):
+                    self._freeze(tracer)
+                    if not self._send_task(link, tracer):
                         # It forked after the last look: let both go on, and wait for the child again.
                         tracer.detach_all()
                         self._wait_for_children()
                         rounds.learn_flags()
                         continue
-                    self._send_final(link, rounds, tracer, threads)
+                    self._send_final(link, rounds)
                     return self._finish(link, tracer, tracker)
             raise SetupError(f"Process {self.target.pid} keeps starting child processes")
 
-    def _send_final(
-        self, link: Link, rounds: RoundSender, tracer: Tracer, threads: list[TracedThread]
-    ) -> None:
+    def _freeze(self, tracer: Tracer) -> None:
+        with self._phase("freeze", frozen=True):
+            tracer.stop_all()
+
+    def _send_task(self, link: Link, tracer: Tracer) -> bool:
         with self._phase("task", frozen=True):
-            brk = send_task(link, self.target, tracer, threads)
+            return self.task_sender.send(link, tracer)
+
+    def _send_final(self, link: Link, rounds: RoundSender) -> None:
         with self._phase("files", frozen=True), link.gathered():
-            send_mm(link, self.target, brk=brk)
             # Before the last look at memory: it shows which objects are open.
             files = dump_files(self.target.ctx)
             rounds.send_files(files)

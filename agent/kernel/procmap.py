@@ -37,6 +37,7 @@ class procmap_query(ctypes.Structure):
     ]
 
 
+PROCMAP_QUERY_VMA_EXECUTABLE: Final = 0x04
 PROCMAP_QUERY: Final = _IOWR("f", 17, procmap_query)
 
 
@@ -66,3 +67,8 @@ class ProcmapQuery:
             self._known = err.errno != errno.ENOTTY  # ENOENT: nothing there
             return None
         return self._query.vma_start, self._query.vma_end
+
+    @property
+    def is_executable(self) -> bool:
+        """Whether the mapping that covering() found may be executed."""
+        return bool(self._query.vma_flags & PROCMAP_QUERY_VMA_EXECUTABLE)

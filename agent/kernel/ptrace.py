@@ -66,7 +66,8 @@ SIGINFO_BYTES: Final = 128
 SIGSET_BYTES: Final = 8
 
 # Grows with the CPU (AMX: 11 KiB); the kernel answers how much of the buffer it used.
-_REGSET_BUFFER_BYTES: Final = 64 * 1024
+_REGSET_BYTES: Final = 4096
+_LARGEST_REGSET_BYTES: Final = 64 * 1024
 _SIGINFOS_PER_CALL: Final = 32
 
 
@@ -180,10 +181,15 @@ def setregs(tid: int, regs: user_regs_struct) -> None:
 
 def getregset(tid: int, nt: int) -> bytes:
     """Return the register set ``nt`` (NT_X86_XSTATE, ...) as the kernel lays it out."""
-    buffer = ctypes.create_string_buffer(_REGSET_BUFFER_BYTES)
-    iov = iovec(ctypes.addressof(buffer), len(buffer))
-    _request(PTRACE_GETREGSET, "PTRACE_GETREGSET", tid, nt, byref(iov))
-    return ctypes.string_at(buffer, iov.iov_len)
+    # As much as will do nearly always; what fills it may have been cut off.
+    nr_bytes = _REGSET_BYTES
+    while True:
+        buffer = ctypes.create_string_buffer(nr_bytes)
+        iov = iovec(ctypes.addressof(buffer), nr_bytes)
+        _request(PTRACE_GETREGSET, "PTRACE_GETREGSET", tid, nt, byref(iov))
+        if iov.iov_len < nr_bytes:
+            return buffer.raw[: iov.iov_len]
+        nr_bytes = _LARGEST_REGSET_BYTES
 
 
 def setregset(tid: int, nt: int, data: bytes) -> None:

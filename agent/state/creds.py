@@ -23,7 +23,6 @@ from __future__ import annotations
 import functools
 import os
 import struct
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from agent.kernel.prctl import (
@@ -46,13 +45,12 @@ from agent.kernel.syscalls import (
     NR_setresgid,
     NR_setresuid,
 )
-from agent.procfs.files import read_bytes
 from agent.procfs.status import Status, read_status
 from agent.types import Obstacle
 from protocol.state.creds import CredState
 
 if TYPE_CHECKING:
-    from agent.target.inject import Batch
+    from agent.target.inject import Batch, Call
 
 CAP_SETPCAP: Final = 8
 _LINUX_CAPABILITY_VERSION_3: Final = 0x20080522
@@ -129,13 +127,9 @@ def _parse_creds(ids: bytes, caps: bytes, securebits: int) -> CredState:
         raise ValueError(f"Not a status file: field {err} is missing") from err
 
 
-def plan_creds(batch: Batch, pid: int, tid: int) -> Callable[[], CredState]:
-    """Add the calls that, with its status file, give the credentials of the thread that runs
-    ``batch``.
-    """
-    text = read_bytes(f"/proc/{pid}/task/{tid}/status")
-    bits = batch.call(NR_prctl, PR_GET_SECUREBITS, name="prctl(PR_GET_SECUREBITS)")
-    return lambda: parse_creds(text, bits.value)
+def securebits_call(batch: Batch) -> Call:
+    """Add the call that tells of the thread that runs ``batch`` what parse_creds() does not find in its status."""
+    return batch.call(NR_prctl, PR_GET_SECUREBITS, name="prctl(PR_GET_SECUREBITS)")
 
 
 def _capset(batch: Batch, effective: int, permitted: int, inheritable: int) -> None:

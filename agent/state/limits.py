@@ -7,6 +7,7 @@ itself is the most a restored process can get. Sources: getrlimit(2), proc_pid_l
 
 from __future__ import annotations
 
+import functools
 import os
 import resource
 import struct
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, Final
 
 from agent.errors import DumpError
 from agent.kernel.syscalls import NR_prlimit64
-from agent.procfs.limits import RESOURCE_NAMES, read_limits
+from agent.procfs.files import read_bytes
+from agent.procfs.limits import RESOURCE_NAMES, parse_limits, read_limits
 from agent.state.creds import own_capabilities
 from agent.types import Obstacle
 from protocol.state.limits import NR_LIMITS, RLIM_INFINITY, LimitsState, ResourceLimit
@@ -40,11 +42,16 @@ CAP_SYS_RESOURCE: Final = 24
 
 
 def dump_limits(pid: int) -> LimitsState:
-    """Return all limits of a process.
+    """Return all limits of a process; the same object for as long as they do not change.
 
     :raises DumpError: the kernel does not show all of them.
     """
-    limits = read_limits(pid)
+    return _limits_of(pid, read_bytes(f"/proc/{pid}/limits"))
+
+
+@functools.lru_cache(maxsize=2)
+def _limits_of(pid: int, text: bytes) -> LimitsState:
+    limits = parse_limits(text)
     if limits.keys() != set(range(NR_LIMITS)):
         raise DumpError(f"Cannot dump the limits of task {pid}: only {len(limits)} are shown")
     return LimitsState(

@@ -30,8 +30,8 @@ import os
 import re
 import struct
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from agent.errors import DumpError
 from agent.kernel.arch.x86_64 import ARCH_GET_XCOMP_PERM, ARCH_REQ_XCOMP_PERM
@@ -106,18 +106,34 @@ _OUT_BYTES: Final = _LDT_AT + _LDT_BYTES
 _RW: Final = PROT_READ | PROT_WRITE
 
 
-def plan_process(
-    batch: Batch, pid: int, status: bytes, *, stop_signal: int
-) -> Callable[[], ProcessState]:
-    """Read what /proc says of the stopped process ``pid`` and add the calls for the rest to its
-    leader's batch.
-    """
-    offsets = _timens_offsets(pid)
-    umask = int(_field(status, _UMASK), 8)
-    cwd, root = read_cwd(pid), read_root(pid)
-    oom_score_adj = read_oom_score_adj(pid)
-    coredump_filter = read_coredump_filter(pid)
+class ProcessFiles(NamedTuple):
+    """What /proc shows of a stopped process."""
 
+    umask: int
+    cwd: str
+    root: str
+    oom_score_adj: int
+    coredump_filter: int
+    timens_offsets: Mapping[str, int]
+
+
+def read_process_files(pid: int, status: bytes) -> ProcessFiles:
+    """Read what /proc shows of the stopped process ``pid``; ``status`` is its status file."""
+    return ProcessFiles(
+        umask=int(_field(status, _UMASK), 8),
+        cwd=read_cwd(pid),
+        root=read_root(pid),
+        oom_score_adj=read_oom_score_adj(pid),
+        coredump_filter=read_coredump_filter(pid),
+        timens_offsets=_timens_offsets(pid),
+    )
+
+
+def plan_process(batch: Batch, pid: int) -> Callable[[ProcessFiles, int], ProcessState]:
+    """Add the calls for what /proc does not show of the process ``pid`` to its leader's batch.
+
+    The result takes what /proc shows, and the signal that the process is stopped by, or 0.
+    """
     out = batch.buffer(_OUT_BYTES)
     for index, clock in enumerate(_CLOCKS):
         at = out.at(_TIMESPEC.size * index)
@@ -147,7 +163,7 @@ def plan_process(
         NR_arch_prctl, ARCH_GET_XCOMP_PERM, xcomp_at, name="arch_prctl(XCOMP_PERM)", check=False
     )
 
-    def collect() -> ProcessState:
+    def collect(files: ProcessFiles, stop_signal: int) -> ProcessState:
         raw = out.read()
         # An int, even where the call does not exist.
         if 0 < ldt.result & 0xFFFFFFFF < 1 << 17:
@@ -160,11 +176,11 @@ def plan_process(
             pid=own.value,
             pgid=pgid.value,
             sid=sid.value,
-            umask=umask,
-            cwd=cwd,
-            root=root,
-            oom_score_adj=oom_score_adj,
-            coredump_filter=coredump_filter,
+            umask=files.umask,
+            cwd=files.cwd,
+            root=files.root,
+            oom_score_adj=files.oom_score_adj,
+            coredump_filter=files.coredump_filter,
             dumpable=dumpable.value,
             thp_disable=thp.value,
             child_subreaper=any(raw[_SUBREAPER_AT : _SUBREAPER_AT + 4]),
@@ -173,8 +189,8 @@ def plan_process(
             xcomp_permission=int.from_bytes(raw[_XCOMP_AT : _XCOMP_AT + 8], "little"),
             mlock_future=_mlock_future(probe.result, dropped.result, raw[_RESIDENT_AT] & 1),
             stop_signal=stop_signal,
-            monotonic_offset_ns=offsets.get("monotonic", 0),
-            boottime_offset_ns=offsets.get("boottime", 0),
+            monotonic_offset_ns=files.timens_offsets.get("monotonic", 0),
+            boottime_offset_ns=files.timens_offsets.get("boottime", 0),
             clock_monotonic_ns=clocks[0],
             clock_boottime_ns=clocks[1],
             clock_realtime_ns=clocks[2],

@@ -10,27 +10,26 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from agent.kernel import ptrace
 from agent.kernel.syscalls import NR_rseq
 from protocol.state.thread import RseqState
 
 if TYPE_CHECKING:
-    from agent.target.inject import Batch
+    from agent.target.batch import Batch, Cell
+    from agent.target.tracer import TracedThread
 
 
-def read_rseq(tid: int) -> RseqState | None:
+def read_rseq(thread: TracedThread) -> RseqState | None:
     """Return the rseq area that a stopped thread has registered, if any."""
-    config = ptrace.get_rseq_configuration(tid)
+    config = thread.rseq
     if config is None:
         return None
     return RseqState(addr=config.addr, size=config.size, sig=config.sig, flags=config.flags)
 
 
-def restore_rseq_call(batch: Batch, state: RseqState | None) -> None:
+def restore_rseq_call(batch: Batch, state: RseqState, addr: Cell) -> None:
     """Add the call that registers the area of the thread that runs ``batch``; its memory must be
-    in place.
+    in place. ``addr`` has its address.
 
     The kernel then clears the pointer to a critical section, which has no meaning any more.
     """
-    if state is not None:
-        batch.call(NR_rseq, state.addr, state.size, 0, state.sig, name="rseq")
+    batch.call(NR_rseq, addr, state.size, 0, state.sig, name="rseq")

@@ -116,33 +116,37 @@ def plan_sched(batch: Batch) -> Callable[[], SchedState]:
         NR_get_mempolicy, memory, memory.at(8), NODES_BITS, 0, 0, name="get_mempolicy", check=False
     )
 
-    def collect() -> SchedState:
-        _, policy, flags, _, priority, runtime, deadline, period, low, high = _SCHED_ATTR.unpack(
-            attr.read()
-        )
-        bits = int.from_bytes(mask.read(), "little")
-        numa = memory.read()
-        if policy != SCHED_DEADLINE:
-            runtime = 0 if runtime == default_slice_ns() else runtime
-        return SchedState(
-            policy=policy,
-            flags=flags & _KEPT_FLAGS,
-            nice=20 - nice.value,  # the raw call answers 1..40, so that no error looks like it
-            priority=priority,
-            runtime_ns=runtime,
-            deadline_ns=deadline,
-            period_ns=period,
-            util_min=low,
-            util_max=high,
-            affinity=bits.to_bytes(max(8, -(-bits.bit_length() // 64) * _MASK_ALIGN), "little"),
-            affinity_all=bits & online_mask() == online_mask(),
-            ioprio=ioprio.value,
-            timer_slack_ns=slack.value,
-            memory_policy=int.from_bytes(numa[:4], "little"),
-            memory_nodes=numa[8:].rstrip(b"\0"),
-        )
+    # Threads are mostly alike: what was read decides what it means, once.
+    return lambda: _parse_sched(
+        attr.read(), mask.read(), memory.read(), nice.value, ioprio.value, slack.value
+    )
 
-    return collect
+
+@functools.lru_cache(maxsize=64)
+def _parse_sched(
+    attr: bytes, mask: bytes, numa: bytes, nice: int, ioprio: int, slack: int
+) -> SchedState:
+    _, policy, flags, _, priority, runtime, deadline, period, low, high = _SCHED_ATTR.unpack(attr)
+    bits = int.from_bytes(mask, "little")
+    if policy != SCHED_DEADLINE:
+        runtime = 0 if runtime == default_slice_ns() else runtime
+    return SchedState(
+        policy=policy,
+        flags=flags & _KEPT_FLAGS,
+        nice=20 - nice,  # the raw call answers 1..40, so that no error looks like it
+        priority=priority,
+        runtime_ns=runtime,
+        deadline_ns=deadline,
+        period_ns=period,
+        util_min=low,
+        util_max=high,
+        affinity=bits.to_bytes(max(8, -(-bits.bit_length() // 64) * _MASK_ALIGN), "little"),
+        affinity_all=bits & online_mask() == online_mask(),
+        ioprio=ioprio,
+        timer_slack_ns=slack,
+        memory_policy=int.from_bytes(numa[:4], "little"),
+        memory_nodes=numa[8:].rstrip(b"\0"),
+    )
 
 
 def restore_sched_calls(batch: Batch, state: SchedState, *, with_policy: bool = True) -> None:

@@ -25,12 +25,14 @@ from agent.kernel.syscalls import (
 from protocol.state.signals import NR_SIGNALS, AltStack, SignalAction
 
 if TYPE_CHECKING:
-    from agent.target.inject import Batch
+    from agent.target.batch import Batch, Blob, BlobAddress
 
 # struct sigaction of x86 (arch/x86/include/uapi/asm/signal.h): handler, flags, restorer, mask.
 _SIGACTION: Final = struct.Struct("=QQQQ")
 # stack_t: ss_sp, ss_flags, padding, ss_size.
 _STACK_T: Final = struct.Struct("=QIIQ")
+
+ALTSTACK_BYTES: Final = _STACK_T.size
 
 CATCHABLE: Final = tuple(
     number for number in range(1, NR_SIGNALS + 1) if number not in (signal.SIGKILL, signal.SIGSTOP)
@@ -129,19 +131,21 @@ def restore_private_pending_calls(
         )
 
 
-def plan_altstack(batch: Batch) -> Callable[[], AltStack]:
-    """Add the call that reads the alternate stack of the thread that runs ``batch``."""
-    out = batch.buffer(_STACK_T.size)
+def altstack_call(batch: Batch, out: Blob | BlobAddress) -> None:
+    """Add the call that has the thread that runs ``batch`` write ALTSTACK_BYTES to ``out``."""
     batch.call(NR_sigaltstack, 0, out, name="sigaltstack")
 
-    def collect() -> AltStack:
-        sp, flags, _, size = _STACK_T.unpack(out.read())
-        return AltStack(sp=sp, flags=flags & ~SS_ONSTACK, size=size)
 
-    return collect
+def unpack_altstack(sp: int, flags: int, _padding: int, size: int) -> AltStack:
+    """Return the alternate stack, given the fields of a stack_t."""
+    return AltStack(sp=sp, flags=flags & ~SS_ONSTACK, size=size)
 
 
-def restore_altstack_call(batch: Batch, state: AltStack) -> None:
+def pack_altstack(state: AltStack) -> bytes:
+    """Return the ALTSTACK_BYTES that restore_altstack_call() wants."""
+    return _STACK_T.pack(state.sp, state.flags & 0xFFFFFFFF, 0, state.size)
+
+
+def restore_altstack_call(batch: Batch, packed: Blob | BlobAddress) -> None:
     """Add the call that sets the alternate stack; rsp of the thread must be elsewhere."""
-    raw = batch.data(_STACK_T.pack(state.sp, state.flags & 0xFFFFFFFF, 0, state.size))
-    batch.call(NR_sigaltstack, raw, 0, name="sigaltstack")
+    batch.call(NR_sigaltstack, packed, 0, name="sigaltstack")

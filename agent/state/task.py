@@ -1,9 +1,9 @@
 """A whole task, dumped and restored: one process with all its threads, without its memory and
 files.
 
-TaskDump adds everything to the batches of a stopped process, so that one injected run reads it
-all; TaskRestore has one method per step of the order that process.py documents. Neither runs a
-batch: the source and the destination do. ``host_tid`` and ``host_pid`` are as the agent sees them;
+TaskDump prepares batches, so that one injected run reads everything of a stopped process;
+TaskRestore has one method per step of the order that process.py documents. Neither runs a batch:
+the source and the destination do. ``host_tid`` and ``host_pid`` are as the agent sees them;
 ids in states are the process's own.
 """
 
@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import resource
 import signal
 import struct
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from agent.errors import RestoreError
+from agent.kernel import ptrace
+from agent.kernel.arch.x86_64 import NT_X86_XSTATE
 from agent.kernel.clone import (
     CLONE_FILES,
     CLONE_FS,
@@ -29,10 +32,11 @@ from agent.kernel.clone import (
     clone_args,
 )
 from agent.kernel.syscalls import NR_clone3
-from agent.procfs.files import read_bytes
+from agent.kernel.xstate import layout_of
+from agent.procfs.files import ReadAgain, read_bytes
 from agent.procfs.process import list_tids
 from agent.procfs.status import Status, read_status, read_task_status
-from agent.procfs.timers import PosixTimer, read_timers
+from agent.procfs.timers import read_timers
 from agent.state.creds import check_creds_restore, creds_of, own_securebits, own_status
 from agent.state.limits import (
     check_limits_restore,
@@ -43,6 +47,7 @@ from agent.state.limits import (
 from agent.state.process import (
     dumpable_call,
     plan_process,
+    read_process_files,
     restore_process_calls,
     session_calls,
     thp_call,
@@ -63,12 +68,16 @@ from agent.state.signals import (
     restore_shared_pending_calls,
 )
 from agent.state.thread import (
-    ThreadDump,
+    VARIABLES_BYTES,
+    ThreadCalls,
+    ThreadStudy,
+    likeness,
+    pack_variables,
     peek_private_pending,
     peek_shared_pending,
-    plan_thread,
     restore_thread_calls,
     restore_thread_ptrace,
+    study_thread,
 )
 from agent.state.timers import (
     arm_timers_calls,
@@ -77,12 +86,13 @@ from agent.state.timers import (
     plan_timers,
     settle_expired,
 )
-from agent.target.batch import Batch, Call
+from agent.target.batch import Batch, Blob, Call
+from agent.target.template import Copy, Template
 from agent.types import Obstacle, Tid
 from protocol.state.limits import LimitsState
 from protocol.state.process import ProcessState
 from protocol.state.signals import SignalsState
-from protocol.state.thread import ThreadState
+from protocol.state.thread import ThreadsState, ThreadState
 from protocol.state.timers import TimersState
 
 if TYPE_CHECKING:
@@ -90,6 +100,11 @@ if TYPE_CHECKING:
     from agent.target.inject import Injector
     from agent.target.tracer import Tracer
 
+_KEPT_FDS = 256
+"""How many descriptors the agent may need for all the rest."""
+_MOST_FDS = 1024
+_THREADS_PER_SECTION = 1024
+"""A section has a limit of 64 MiB, and the extended registers of one thread may take 11 KiB."""
 _LOG = logging.getLogger(__name__)
 _THREAD_FLAGS = CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_SIGHAND | CLONE_THREAD | CLONE_SYSVSEM
 
@@ -125,7 +140,11 @@ class TaskState:
             ("signals", pid, self.signals),
             ("timers", pid, self.timers),
         ]
-        return shared + [("thread", thread.tid, thread) for thread in self.threads]
+        threads = self.threads
+        for first in range(0, len(threads), _THREADS_PER_SECTION):
+            some = ThreadsState.of(threads[first : first + _THREADS_PER_SECTION])
+            shared.append(("threads", pid, some))
+        return shared
 
     @classmethod
     def from_sections(cls, objects: Iterable[object]) -> TaskState:
@@ -143,8 +162,8 @@ class TaskState:
             return matching[0]
 
         process = one(ProcessState)
-        threads = found.get(ThreadState, [])
         try:
+            threads = [thread for some in found.get(ThreadsState, []) for thread in some.threads()]
             return cls(
                 process=process,
                 limits=one(LimitsState),
@@ -168,74 +187,131 @@ def warm_up() -> None:
 
 
 class TaskDump:
-    """The dump of one process whose threads ``tracer`` has all stopped: plan(), run the batches,
-    then state().
+    """The dump of one process. Prepared while it runs; once all its threads are stopped: plan(), run the batches,
+    with the steps of look() meanwhile or afterwards, then state(), or by steps peek(), states(), put_together().
+
+    ``also`` adds further calls to the leader's batch. It is called again when those that are prepared do not fit.
     """
 
-    def __init__(self, ctx: DumpContext, tracer: Tracer) -> None:
-        pid = self._pid = ctx.pid
-        self._threads = sorted(tracer.threads.values(), key=lambda t: (t.tid != pid, t.tid))
-        self._memory = tracer.memory
-        # Which of the stopping signals it was makes no difference any more: SIGCONT ends each.
-        stopped = any(thread.in_group_stop for thread in self._threads)
-        self._stop_signal = int(signal.SIGSTOP) if stopped else 0
+    def __init__(self, ctx: DumpContext, also: Callable[[Batch], object] = lambda batch: None) -> None:
+        self._pid = ctx.pid
+        self._also = also
+        self._host_tids: dict[int, int] = {}
         self._planned_ns = 0
-        self._thread_parts: list[Callable[[], ThreadDump]] = []
-        self._state: TaskState | None = None
+        self._studies: list[ThreadStudy] = []
+        self._copies: dict[int, Copy] = {}
+        self._proc: ReadAgain | None = None
+        self._statuses: dict[int, bytes] = {}
+        self.has_children = False
+        """Whether look() has found child processes."""
+        self._shared: tuple[bytes, ...] = ()
+        self._private: list[tuple[bytes, ...]] = []
+        self._window_ns = 0
+        self._prepare()
 
-    def plan(self, batches: Mapping[int, Batch]) -> None:
-        """Read what ptrace and /proc know, and add calls to the batch of every thread, by host
-        tid.
-        """
-        self._planned_ns = time.monotonic_ns()
-        # What remains of a thread's sleep is measured from the clock, so before anything else takes
-        # time.
-        self._thread_parts = [
-            plan_thread(batches[thread.tid], self._pid, thread, self._memory)
-            for thread in self._threads
-        ]
-        leader = batches[self._pid]
-        # Timers first: settle_expired() counts on the queues being read after them.
-        self._made_timers: list[PosixTimer] = read_timers(self._pid)
-        self._host_tids = {thread.tid: 0 for thread in self._threads}
+    def _prepare(self) -> None:
+        """Lay out the calls of the leader and those of each other thread."""
+        leader, others = Batch(), Batch()
+        self._of_leader, self._of_others = ThreadCalls(leader), ThreadCalls(others)
+        self._made_timers = read_timers(self._pid)
         self._timers = plan_timers(leader, self._made_timers, self._host_tids)
-        status = read_bytes(f"/proc/{self._pid}/status")
-        self._process = plan_process(leader, self._pid, status, stop_signal=self._stop_signal)
-        self._limits = dump_limits(self._pid)
+        self._process = plan_process(leader, self._pid)
         self._actions = plan_actions(leader)
+        self._also(leader)
+        self._leader, self._others = Template(leader), Template(others)
+        self.close()
+        room = min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _KEPT_FDS, _MOST_FDS)
+        tids = list_tids(self._pid)
+        self._proc = ReadAgain([path for tid in tids for path in self._paths(tid)], limit=max(room, 0))
+
+    def _paths(self, tid: int) -> tuple[str, str]:
+        task = f"/proc/{self._pid}/task/{tid}"
+        return f"{task}/status", f"{task}/children"
+
+    def close(self) -> None:
+        """Close what is open for a dump; closing twice is harmless."""
+        if self._proc is not None:
+            self._proc.close()
+
+    def plan(self, tracer: Tracer, *, anew: bool = False) -> Mapping[int, Copy]:
+        """Ask ptrace about the stopped threads; return the batches to run, by host tid, the leader's first.
+
+        ``anew``: what ``also`` adds may be another thing by now.
+        """
+        if anew or read_timers(self._pid) != self._made_timers:
+            self._prepare()
+        self.has_children = False
+        self._planned_ns = time.monotonic_ns()
+        threads = sorted(tracer.threads.values(), key=lambda t: (t.tid != self._pid, t.tid))
+        # Which of the stopping signals it was makes no difference any more: SIGCONT ends each.
+        stopped = any(thread.in_group_stop for thread in threads)
+        self._stop_signal = int(signal.SIGSTOP) if stopped else 0
+        # What remains of a thread's sleep is measured from the clock, so before anything else takes time.
+        self._studies = [study_thread(thread, tracer.memory) for thread in threads]
+        self._copies = {
+            thread.tid: (self._leader if thread.tid == self._pid else self._others).copy() for thread in threads
+        }
+        return self._copies
+
+    def look(self) -> Iterator[object]:
+        """Read what /proc shows, step by step."""
+        read = read_bytes if self._proc is None else self._proc.read_bytes
+        for study in self._studies:
+            tid = study.thread.tid
+            status, children = self._paths(tid)
+            self._statuses[tid] = read(status)
+            yield tid
+            self.has_children |= bool(read(children).split())
+            yield tid
+        self._files = read_process_files(self._pid, self._statuses[self._pid])
+        yield self._files
+        self._limits = dump_limits(self._pid)
+
+    def peek(self) -> None:
+        """Look at the queued signals, after the batches have run: the last thing that all threads must be stopped for.
+
+        After the timers were read, as settle_expired() wants it. A timer that went off in between has queued its signal
+        for the process, or for the thread it names, behind the back of the calls.
+        """
+        named = {timer.target for timer in self._made_timers if timer.is_tid}
+        self._shared = peek_shared_pending(self._pid)
+        self._private = [
+            peek_private_pending(thread, queued=thread.tid in named or self._had_pending(thread.tid))
+            for thread in (study.thread for study in self._studies)
+        ]
+        self._window_ns = time.monotonic_ns() - self._planned_ns
+
+    def _had_pending(self, tid: int) -> bool:
+        return self._calls_of(tid).had_pending(self._copies[tid])
+
+    def _calls_of(self, tid: int) -> ThreadCalls:
+        return self._of_leader if tid == self._pid else self._of_others
+
+    def states(self) -> Iterator[ThreadState]:
+        """Make the state of each thread, the leader first, after peek()."""
+        for study, queue in zip(self._studies, self._private, strict=True):
+            tid = study.thread.tid
+            copy = self._copies[tid]
+            if tid == self._pid:
+                copy.load()  # for what else the leader was asked
+            state = self._calls_of(tid).collect(copy, study, self._statuses[tid], queue)
+            self._host_tids[tid] = state.tid
+            yield state
 
     def state(self) -> TaskState:
-        """Return everything, after the batches have run; the threads must still be stopped."""
-        if self._state is None:
-            self._state = self._collect()
-        return self._state
+        """Return everything, given that the batches have run; the threads must still be stopped."""
+        self.peek()
+        return self.put_together(list(self.states()))
 
-    def process_state(self) -> ProcessState:
-        """Return the process's part of state()."""
-        return self.state().process
-
-    def thread_states(self) -> list[ThreadState]:
-        """Return the threads' part of state(), the leader first."""
-        return list(self.state().threads)
-
-    def _collect(self) -> TaskState:
-        parts = [collect() for collect in self._thread_parts]
-        self._host_tids.update({part.host_tid: part.tid for part in parts})
-        shared: tuple[bytes, ...] = ()
-        if any(part.has_pending for part in parts):
-            shared = peek_shared_pending(self._pid)
-        private = {
-            part.host_tid: peek_private_pending(thread, queued=part.has_pending)
-            for part, thread in zip(parts, self._threads, strict=True)
-        }
-        everything = [info for queue in (shared, *private.values()) for info in queue]
-        window_ns = time.monotonic_ns() - self._planned_ns
+    def put_together(self, threads: Iterable[ThreadState]) -> TaskState:
+        """Return everything, given all that states() makes."""
+        everything = [info for queue in (self._shared, *self._private) for info in queue]
         return TaskState(
-            process=self._process(),
+            process=self._process(self._files, self._stop_signal),
             limits=self._limits,
-            signals=SignalsState(actions=self._actions(), pending=shared),
-            timers=settle_expired(self._timers(), everything, window_ns),
-            threads=tuple(part.finish(private.get(part.host_tid, ())) for part in parts),
+            signals=SignalsState(actions=self._actions(), pending=self._shared),
+            timers=settle_expired(self._timers(), everything, self._window_ns),
+            threads=tuple(threads),
         )
 
 
@@ -329,26 +405,41 @@ class TaskRestore:
         restore_actions_calls(batch, actions, inherited=self._status.sig_ign)
         self._merge = restore_process_calls(batch, self.state.process)
 
-    def thread_calls(self, batch: Batch, tid: int, *, elapsed_ns: int = 0) -> None:
-        """Step 5, in the thread that has the id ``tid`` in its process; the leader comes last."""
-        thread = next(thread for thread in self.state.threads if thread.tid == tid)
-        pid = self.state.process.pid
-        leads = tid == pid
-        if leads:
-            self._verify = create_timers_calls(batch, self.state.timers.posix_timers, pid)
-            restore_shared_pending_calls(batch, pid, self.state.signals.pending)
-            restore_limits_calls(batch, self.state.limits)
+    def thread_copies(self, host_tids: Mapping[int, int]) -> dict[int, Copy]:
+        """Step 5, in all threads but the leader, by host tid; ``host_tids`` are by the threads' own ids."""
+        templates: dict[object, tuple[Template, Blob]] = {}
+        copies = {}
+        for thread in self.state.threads[1:]:
+            kind = likeness(thread)
+            if kind not in templates:
+                batch = Batch()
+                variables = batch.buffer(VARIABLES_BYTES)
+                self._thread_calls(batch, thread, variables)
+                templates[kind] = Template(batch), variables
+            template, variables = templates[kind]
+            copies[host_tids[thread.tid]] = template.copy(pack_variables(thread), into=variables)
+        return copies
+
+    def leader_calls(self, batch: Batch, *, elapsed_ns: int = 0) -> None:
+        """Step 5, in the leader, when the other threads have made theirs."""
+        state, leader = self.state, self.state.leader
+        self._verify = create_timers_calls(batch, state.timers.posix_timers, leader.tid)
+        restore_shared_pending_calls(batch, leader.tid, state.signals.pending)
+        restore_limits_calls(batch, state.limits)
+        self._thread_calls(batch, leader, batch.data(pack_variables(leader)))
+        dumpable_call(batch, state.process)
+        arm_timers_calls(batch, state.timers, elapsed_ns=elapsed_ns)
+
+    def _thread_calls(self, batch: Batch, thread: ThreadState, variables: Blob) -> None:
         restore_thread_calls(
             batch,
             thread,
-            pid,
+            variables,
+            self.state.process.pid,
             self._now,
             keep_pdeath_signal=self._keep_pdeath_signal,
             with_policy=not self._urgent,
         )
-        if leads:
-            dumpable_call(batch, self.state.process)
-            arm_timers_calls(batch, self.state.timers, elapsed_ns=elapsed_ns)
 
     def verify(self) -> None:
         """Check, after the leader's calls have run, what no result of a call says.
@@ -382,6 +473,7 @@ class TaskRestore:
 
         ``host_tids``: by the threads' own ids.
         """
+        layout = layout_of(ptrace.getregset(self.host_pid, NT_X86_XSTATE))
         for state in self.state.threads:
             thread = tracer.threads[host_tids[state.tid]]
-            restore_thread_ptrace(tracer, injector, thread, state)
+            restore_thread_ptrace(tracer, injector, thread, state, layout)

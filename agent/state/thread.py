@@ -18,6 +18,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from agent.errors import DumpError, RestoreError
@@ -57,15 +58,18 @@ from agent.kernel.syscalls import (
     NR_set_robust_list,
     NR_set_tid_address,
 )
-from agent.kernel.xstate import LEGACY_AND_HEADER_BYTES, components_in_use, layout_of
-from agent.state.creds import plan_creds, restore_creds_calls
+from agent.kernel.xstate import LEGACY_AND_HEADER_BYTES, XstateLayout, components_in_use
+from agent.state.creds import parse_creds, restore_creds_calls, securebits_call
 from agent.state.rseq import read_rseq, restore_rseq_call
 from agent.state.sched import plan_sched, restore_sched_calls
 from agent.state.signals import (
+    ALTSTACK_BYTES,
+    altstack_call,
     block_signals_call,
-    plan_altstack,
+    pack_altstack,
     restore_altstack_call,
     restore_private_pending_calls,
+    unpack_altstack,
     without_stops,
 )
 from agent.target.restart import (
@@ -75,13 +79,16 @@ from agent.target.restart import (
     note_restart,
     rearm_restart_block,
 )
-from protocol.state.thread import ThreadState
+from protocol.state.thread import RseqState, ThreadState
 
 if TYPE_CHECKING:
-    from agent.target.inject import Batch, Injector
+    from agent.target.batch import Batch, Blob
+    from agent.target.inject import Injector
     from agent.target.memory import TargetMemory
+    from agent.target.template import Copy
     from agent.target.tracer import TracedThread, Tracer
     from protocol.state.creds import CredState
+    from protocol.state.restart import RestartState
 
 _XCR0_OFFSET: Final = 464
 _NAME_BYTES: Final = 16
@@ -92,30 +99,28 @@ _PERSONALITY_QUERY: Final = 0xFFFFFFFF
 _SPECULATIONS: Final = (0, 1)
 _PR_SPEC_PRCTL: Final = 1
 _PR_SPEC_CHOSEN: Final = 4 | 8 | 16
+# What differs between threads that are restored by the same calls, in one buffer, and its offsets.
+_VARIABLES: Final = struct.Struct(f"=QQQ{ALTSTACK_BYTES}s{_NAME_BYTES}s")
+_V_ROBUST_LIST, _V_TID_ADDRESS, _V_RSEQ, _V_ALTSTACK, _V_NAME = 0, 8, 16, 24, 24 + ALTSTACK_BYTES
+VARIABLES_BYTES: Final = _VARIABLES.size
 # Offsets of what the calls of a thread write, in one buffer.
-_OUT: Final = struct.Struct("=QQQQii16s")
-_HEAD, _LENGTH, _TID_ADDRESS, _PENDING, _PDEATH, _TSC, _NAME = 0, 8, 16, 24, 32, 36, 40
+_OUT: Final = struct.Struct("=QQQQii16sQIIQ")
+_HEAD, _LENGTH, _TID_ADDRESS, _PENDING, _PDEATH, _TSC, _NAME, _STACK = 0, 8, 16, 24, 32, 36, 40, 56
 
 
 @dataclass(frozen=True, slots=True)
-class ThreadDump:
-    """A thread whose calls have run: what they said, and what ptrace has to add."""
+class ThreadStudy:
+    """What ptrace tells of a stopped thread, and how an interrupted call of it goes on elsewhere."""
 
-    host_tid: int
-    tid: int
-    has_pending: bool
-    """Whether a signal is queued for this thread or for the whole process."""
-    finish: Callable[[tuple[bytes, ...]], ThreadState]
-    """Makes the state, given the thread's own queued signals."""
+    thread: TracedThread
+    regs: user_regs_struct
+    restart: RestartState | None
+    rseq: RseqState | None
+    xstate: bytes
 
 
-def plan_thread(
-    batch: Batch, pid: int, thread: TracedThread, memory: TargetMemory
-) -> Callable[[], ThreadDump]:
-    """Read by ptrace what only ptrace knows, and add the calls for the rest to the thread's
-    ``batch``.
-
-    The registers are taken when the result is asked for: the injector may have to correct them.
+def study_thread(thread: TracedThread, memory: TargetMemory) -> ThreadStudy:
+    """Read by ptrace what only ptrace knows of a stopped thread, before anything runs in it.
 
     :raises DumpError: the thread runs 32-bit code, or handles its own system calls.
     """
@@ -130,61 +135,90 @@ def plan_thread(
         )
     leave_rseq_section(thread, memory)  # before its registers are looked at
     regs, restart = dump_restart(thread, memory)
-    rseq = read_rseq(tid)
-    xstate = ptrace.getregset(tid, NT_X86_XSTATE)
+    return ThreadStudy(thread, regs, restart, read_rseq(thread), ptrace.getregset(tid, NT_X86_XSTATE))
 
-    out = batch.buffer(_OUT.size)
-    own = batch.call(NR_gettid, name="gettid")
-    batch.call(NR_rt_sigpending, out.at(_PENDING), SIGSET_BYTES, name="rt_sigpending")
-    batch.call(NR_get_robust_list, 0, out.at(_HEAD), out.at(_LENGTH), name="get_robust_list")
-    batch.call(NR_prctl, PR_GET_TID_ADDRESS, out.at(_TID_ADDRESS), name="prctl(GET_TID_ADDRESS)")
-    batch.call(NR_prctl, PR_GET_PDEATHSIG, out.at(_PDEATH), name="prctl(PR_GET_PDEATHSIG)")
-    batch.call(NR_prctl, PR_GET_TSC, out.at(_TSC), name="prctl(PR_GET_TSC)")
-    batch.call(NR_prctl, PR_GET_NAME, out.at(_NAME), name="prctl(PR_GET_NAME)")
-    personality = batch.call(NR_personality, _PERSONALITY_QUERY, name="personality")
-    mce_kill = batch.call(NR_prctl, PR_MCE_KILL_GET, name="prctl(PR_MCE_KILL_GET)")
-    cpuid = batch.call(NR_arch_prctl, ARCH_GET_CPUID, 0, name="arch_prctl", check=False)
-    # Asking needs CAP_SYS_RESOURCE; who lacks it cannot have set it either.
-    flusher = batch.call(NR_prctl, PR_GET_IO_FLUSHER, name="prctl(IO_FLUSHER)", check=False)
-    speculation = [
-        batch.call(NR_prctl, PR_GET_SPECULATION_CTRL, which, name="prctl(SPECULATION)", check=False)
-        for which in _SPECULATIONS
-    ]
-    altstack = plan_altstack(batch)
-    sched = plan_sched(batch)
-    creds = plan_creds(batch, pid, tid)
 
-    def collect() -> ThreadDump:
-        head, length, tid_address, pending, pdeath, tsc, name = _OUT.unpack(out.read())
+class ThreadCalls:
+    """The calls that a thread makes to be dumped, the same in every thread, added to ``batch``."""
 
-        def finish(private: tuple[bytes, ...]) -> ThreadState:
-            return ThreadState(
-                tid=own.value,
-                name=name.partition(b"\0")[0],
-                regs=bytes(regs),
-                restart=restart,
-                xstate=xstate,
-                sigmask=thread.sigmask,
-                altstack=altstack(),
-                pending=private,
-                robust_list_head=head,
-                robust_list_length=length,
-                clear_child_tid=tid_address,
-                rseq=rseq,
-                pdeath_signal=pdeath,
-                personality=personality.value,
-                mce_kill=mce_kill.value,
-                tsc_mode=tsc,
-                cpuid_enabled=cpuid.result != 0,
-                io_flusher=flusher.result == 1,
-                sched=sched(),
-                creds=creds(),
-                speculation=(_chosen(speculation[0].result), _chosen(speculation[1].result)),
-            )
+    def __init__(self, batch: Batch) -> None:
+        out = self._out = batch.buffer(_OUT.size)
+        self._own = batch.call(NR_gettid, name="gettid")
+        batch.call(NR_rt_sigpending, out.at(_PENDING), SIGSET_BYTES, name="rt_sigpending")
+        batch.call(NR_get_robust_list, 0, out.at(_HEAD), out.at(_LENGTH), name="get_robust_list")
+        batch.call(NR_prctl, PR_GET_TID_ADDRESS, out.at(_TID_ADDRESS), name="prctl(GET_TID_ADDRESS)")
+        batch.call(NR_prctl, PR_GET_PDEATHSIG, out.at(_PDEATH), name="prctl(PR_GET_PDEATHSIG)")
+        batch.call(NR_prctl, PR_GET_TSC, out.at(_TSC), name="prctl(PR_GET_TSC)")
+        batch.call(NR_prctl, PR_GET_NAME, out.at(_NAME), name="prctl(PR_GET_NAME)")
+        self._personality = batch.call(NR_personality, _PERSONALITY_QUERY, name="personality")
+        self._mce_kill = batch.call(NR_prctl, PR_MCE_KILL_GET, name="prctl(PR_MCE_KILL_GET)")
+        self._cpuid = batch.call(NR_arch_prctl, ARCH_GET_CPUID, 0, name="arch_prctl", check=False)
+        # Asking needs CAP_SYS_RESOURCE; who lacks it cannot have set it either.
+        self._flusher = batch.call(NR_prctl, PR_GET_IO_FLUSHER, name="prctl(IO_FLUSHER)", check=False)
+        self._speculation = [
+            batch.call(NR_prctl, PR_GET_SPECULATION_CTRL, which, name="prctl(SPECULATION)", check=False)
+            for which in _SPECULATIONS
+        ]
+        altstack_call(batch, out.at(_STACK))
+        self._sched = plan_sched(batch)
+        self._securebits = securebits_call(batch)
+        self._end = batch.buffer(0)
+        self._alike: dict[object, tuple[Callable[..., ThreadState], int]] = {}
 
-        return ThreadDump(tid, own.value, pending != 0, finish)
+    def had_pending(self, copy: Copy) -> bool:
+        """Tell whether a signal was queued, for the thread or for the whole process, when it made its calls."""
+        at = copy.template.offset_of(self._out) + _PENDING
+        return any(copy.content[at : at + SIGSET_BYTES])
 
-    return collect
+    def collect(
+        self, copy: Copy, study: ThreadStudy, status: bytes, pending: tuple[bytes, ...]
+    ) -> ThreadState:
+        """Return the state of the thread that ran ``copy``.
+
+        ``status`` is its status file, ``pending`` are the siginfo of the signals queued for it alone.
+        """
+        content, template = copy.content, copy.template
+        own, *results = template.results(content)
+        out_at = template.offset_of(self._out)
+        out = content[out_at : out_at + _OUT.size]
+        head, length, tid_address, _, pdeath, tsc, name, *stack = _OUT.unpack(out)
+        # Threads are mostly alike: what they say is looked at once.
+        key = (tuple(results), content[out_at + _OUT.size : template.offset_of(self._end)])
+        alike = self._alike.get(key)
+        if alike is None:
+            copy.load()
+            alike = self._alike[key] = self._what_is_alike()
+        make, securebits = alike
+        return make(
+            tid=own,
+            name=name.partition(b"\0")[0],
+            regs=bytes(study.regs),
+            restart=study.restart,
+            xstate=study.xstate,
+            sigmask=study.thread.sigmask,
+            altstack=unpack_altstack(*stack),
+            pending=pending,
+            robust_list_head=head,
+            robust_list_length=length,
+            clear_child_tid=tid_address,
+            rseq=study.rseq,
+            pdeath_signal=pdeath,
+            tsc_mode=tsc,
+            creds=parse_creds(status, securebits),
+        )
+
+    def _what_is_alike(self) -> tuple[Callable[..., ThreadState], int]:
+        """Return what the batch shows now and what many threads have in common; and the securebits."""
+        make = partial(
+            ThreadState,
+            personality=self._personality.value,
+            mce_kill=self._mce_kill.value,
+            cpuid_enabled=self._cpuid.result != 0,
+            io_flusher=self._flusher.result == 1,
+            sched=self._sched(),
+            speculation=(_chosen(self._speculation[0].result), _chosen(self._speculation[1].result)),
+        )
+        return make, self._securebits.value
 
 
 def _chosen(control: int) -> int:
@@ -208,9 +242,40 @@ def peek_shared_pending(host_tid: int) -> tuple[bytes, ...]:
     return without_stops(ptrace.peeksiginfo(host_tid, shared=True))
 
 
+def pack_variables(state: ThreadState) -> bytes:
+    """Return the VARIABLES_BYTES in which alike threads differ, for restore_thread_calls()."""
+    return _VARIABLES.pack(
+        state.robust_list_head,
+        state.clear_child_tid,
+        state.rseq.addr if state.rseq else 0,
+        pack_altstack(state.altstack),
+        state.name,
+    )
+
+
+def likeness(state: ThreadState) -> tuple[object, ...]:
+    """Return what decides which calls restore a thread, all but its pack_variables(): equal for alike threads."""
+    rseq = state.rseq
+    return (
+        state.personality,
+        state.sched,
+        state.mce_kill,
+        state.io_flusher,
+        state.tsc_mode,
+        state.speculation,
+        state.cpuid_enabled,
+        state.robust_list_length,
+        rseq and (rseq.size, rseq.sig, rseq.flags),
+        state.pending and (state.pending, state.tid),
+        state.creds,
+        state.pdeath_signal,
+    )
+
+
 def restore_thread_calls(
     batch: Batch,
     state: ThreadState,
+    variables: Blob,
     pid: int,
     now: CredState,
     *,
@@ -219,13 +284,13 @@ def restore_thread_calls(
 ) -> None:
     """Add the calls that restore ``state`` to the batch of the thread itself, credentials last.
 
+    ``variables`` holds pack_variables(). The calls do for every thread that has an equal likeness().
     ``pid`` is the process's own id, ``now`` the credentials that the thread was made with.
     ``keep_pdeath_signal`` is false for a process whose new parent, the agent, will soon exit,
     ``with_policy`` when set_policy() follows.
     """
     block_signals_call(batch)
-    name = batch.data(state.name.ljust(_NAME_BYTES, b"\0"))
-    batch.call(NR_prctl, PR_SET_NAME, name, name="prctl(PR_SET_NAME)")
+    batch.call(NR_prctl, PR_SET_NAME, variables.at(_V_NAME), name="prctl(PR_SET_NAME)")
     batch.call(NR_personality, state.personality, name="personality")
     restore_sched_calls(batch, state.sched, with_policy=with_policy)
     batch.call(
@@ -247,13 +312,14 @@ def restore_thread_calls(
     if state.robust_list_length:
         batch.call(
             NR_set_robust_list,
-            state.robust_list_head,
+            variables.cell(_V_ROBUST_LIST),
             ROBUST_LIST_HEAD_BYTES,
             name="set_robust_list",
         )
-    batch.call(NR_set_tid_address, state.clear_child_tid, name="set_tid_address")
-    restore_altstack_call(batch, state.altstack)
-    restore_rseq_call(batch, state.rseq)
+    batch.call(NR_set_tid_address, variables.cell(_V_TID_ADDRESS), name="set_tid_address")
+    restore_altstack_call(batch, variables.at(_V_ALTSTACK))
+    if state.rseq is not None:
+        restore_rseq_call(batch, state.rseq, variables.cell(_V_RSEQ))
 
     restore_private_pending_calls(batch, pid, state.tid, state.pending)
     restore_creds_calls(batch, state.creds, now)
@@ -281,10 +347,15 @@ def fit_xstate(xstate: bytes, size: int, mask: int) -> bytes:
 
 
 def restore_thread_ptrace(
-    tracer: Tracer, injector: Injector, thread: TracedThread, state: ThreadState
+    tracer: Tracer,
+    injector: Injector,
+    thread: TracedThread,
+    state: ThreadState,
+    layout: XstateLayout,
 ) -> None:
     """Set what only a tracer can set, the general registers last; the thread stays stopped.
 
+    ``layout`` is that of the extended registers of any thread of the process.
     A restart block is built first, by making the interrupted call for an instant: memory and files
     must be in place. No batch may run in the thread afterwards.
     """
@@ -292,7 +363,6 @@ def restore_thread_ptrace(
     if state.restart is not None:
         regs = apply_restart(regs, rearm_restart_block(tracer, injector, thread, state.restart))
         note_restart(thread, regs, state.restart)
-    layout = layout_of(ptrace.getregset(thread.tid, NT_X86_XSTATE))
     if len(state.xstate) < LEGACY_AND_HEADER_BYTES:
         raise RestoreError(f"Extended registers of thread {state.tid} are cut short")
     fitted = fit_xstate(state.xstate, layout.size, layout.mask)

@@ -58,6 +58,11 @@ class Blob:
         """Addresses to be filled in: (offset, what)."""
 
     @property
+    def has_content(self) -> bool:
+        """Whether it is more than zeros for the kernel to fill."""
+        return bool(self._content or self.patches)
+
+    @property
     def address(self) -> int:
         """Its target address; known only while and after it runs."""
         if self._address is None:
@@ -171,12 +176,12 @@ class Batch:
 
     # -- layout: records, undo records, cells, blobs ----------------------------------------------------------------
 
-    def pack(self, base: int) -> Packed:
-        """Lay the batch out for target address `base` (16-byte aligned)."""
+    def pack(self, base: int, *, room: int | None = None) -> Packed:
+        """Lay the batch out for target address `base` (16-byte aligned); `room`: for how many constants."""
         nr_records = len(self.calls) + len(self._undo)
         cells_at = base + nr_records * RECORD_BYTES
         # Blobs come last, but constants may be their addresses: leave room for as many cells as there can be.
-        end = _align(cells_at + 8 * (7 * nr_records + 1))
+        end = _align(cells_at + 8 * (self._most_cells() if room is None else room))
         for blob in self._blobs:
             blob._address = end
             end = _align(end + max(blob.size, 8))
@@ -205,7 +210,10 @@ class Batch:
             for offset, target in blob.patches:
                 struct.pack_into("<Q", content, at + offset, _value(target))
         undo_at = base + len(self.calls) * RECORD_BYTES
-        return Packed(base, undo_at, cells_at, bytes(content))
+        return Packed(base, undo_at, cells_at, bytes(content), len(cell_of))
+
+    def _most_cells(self) -> int:
+        return 7 * (len(self.calls) + len(self._undo)) + 1
 
     def _where(self, arg: Cell | Call, base: int) -> int:
         """Return the address of the word that is the argument."""
@@ -235,7 +243,7 @@ class Batch:
         """Bytes that pack() will need, at most."""
         nr_records = len(self.calls) + len(self._undo)
         blobs = sum(_align(max(blob.size, 8)) for blob in self._blobs)
-        return nr_records * (RECORD_BYTES + 7 * 8) + 8 + blobs + 2 * _ALIGNMENT
+        return nr_records * RECORD_BYTES + 8 * self._most_cells() + blobs + 2 * _ALIGNMENT
 
 
 class Packed(NamedTuple):
@@ -245,6 +253,8 @@ class Packed(NamedTuple):
     undo: int
     end: int
     content: bytes
+    nr_cells: int
+    """How many different constants there are."""
 
 
 def _value(arg: int | Blob | BlobAddress) -> int:

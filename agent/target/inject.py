@@ -13,11 +13,8 @@ batch, a stopped thread is
 Closing runs munmap in the same way, stops the thread right behind it, restores the mask, then the exact registers
 (again this order) with orig_rax, so that the kernel itself restarts the interrupted system call, then the tail.
 
-Batches in several threads at once share the scratch mapping. The first thread unmaps it when the others have left, so
-it must know of each that enters or is taken out: yet an agent may die between two requests. So a thread is sent in
-(_send_in) by pointing it at code that looks for its ticket in the mapping first, and goes home when there is none; only
-then is the ticket written, by the same write that makes the first thread wait. It is taken out (_take_out) in the same
-way: pointed at that code again, then the ticket is withdrawn, then it is restored.
+Batches in several threads at once share the scratch mapping. The first thread unmaps it when the others have left:
+agent.target.workers says how it knows of each that enters or is taken out, whenever the agent dies.
 
 At every instant the thread is either untouched, or in code that ends with its registers and mask restored and the
 scratch mapping gone. No single-stepping, no breakpoints: both kill a target whose tracer died. Signals that arrive
@@ -33,23 +30,22 @@ futex): it would replace the thread's own. Addresses are target addresses.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-import random
 import signal
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import accumulate
 from types import TracebackType
-from typing import Final, final
+from typing import Final, NamedTuple, final
 
 from agent.errors import FreezeError, InjectError, TargetGone, TooLateError
 from agent.kernel import ptrace
 from agent.kernel.arch import SYSCALL_ARGUMENTS, SYSCALL_INSTRUCTION, user_regs_struct
-from agent.kernel.futex import FUTEX_CMP_REQUEUE, FUTEX_PRIVATE_FLAG
 from agent.kernel.syscalls import (
     NR_exit,
-    NR_futex,
     NR_madvise,
     NR_mmap,
     NR_mremap,
@@ -61,7 +57,10 @@ from agent.target import restart
 from agent.target import routine_x86_64 as routine
 from agent.target.batch import Batch, Blob, BlobAddress, Call, Cell, Packed
 from agent.target.tail import ALL_BLOCKED, Tail, find_tail
-from agent.target.tracer import StopKind, TracedThread, Tracer, pause
+from agent.target.template import Copy
+from agent.target.tracer import StopKind, TracedThread, Tracer
+from agent.target.waiting import Errands, pause
+from agent.target.workers import Workers, restore_exactly, way_home
 from agent.types import PAGE_SIZE
 
 __all__ = ["Batch", "Blob", "BlobAddress", "Call", "Cell", "Injector"]
@@ -78,10 +77,27 @@ _MREMAP_MAYMOVE: Final = 1
 _MREMAP_FIXED: Final = 2
 _MIN_SCRATCH_BYTES: Final = 128 * 1024
 _MIN_PERSISTENT_BYTES: Final = 1024 * 1024
-_HEAD_BYTES: Final = routine.CONTROL_BYTES + 8 * 8 + routine.RECORD_BYTES
-"""Before each batch: control area, and the cells and record of _prelude()."""
+_CONTROL: Final = struct.Struct("<QQQ16xQ16x")
+_PRELUDE_BYTES: Final = 8 * 8 + routine.RECORD_BYTES
+"""Cells and record of _prelude()."""
+_ERRANDS_S: Final = routine.WAIT_S / 5
+"""How long the agent may do something else at most, instead of looking whether calls are done."""
+_MAX_PARALLEL: Final = 256
+"""How many threads run batches at the same time at most: the first must not wait too long for the agent."""
 RUN_TIMEOUT_S: Final = 30.0
 """How long a batch may take before the thread is given up as stuck."""
+
+
+class _Run(NamedTuple):
+    """What run_parallel() lays out for threads that run at the same time, the one that unmaps first; addresses."""
+
+    threads: list[TracedThread]
+    packed: list[Packed]
+    controls: range
+    blocks: range
+    """Of all threads but the first."""
+    prelude_bytes: int
+    """How far the first thread begins before its own records."""
 
 
 @final
@@ -109,8 +125,6 @@ class Injector:
         self._fresh = False  # nothing has run since it was mapped
         self._host: TracedThread | None = None  # the thread that is in the routine (crash_safe)
         self._tail: Tail | None = None
-        self._stubs: dict[int, int] = {}  # return address -> stub for blocks in the scratch mapping
-        self._ticket = 0
 
     def __enter__(self) -> Injector:
         return self
@@ -145,176 +159,155 @@ class Injector:
         self._run({thread.tid: batch}, [thread])
         batch.check()
 
-    def run_parallel(self, batches: Mapping[int, Batch]) -> None:
+    def run_parallel(
+        self, batches: Mapping[int, Batch | Copy], *, meanwhile: Iterable[object] = ()
+    ) -> None:
         """Make the calls of several batches, each in the thread of that tid, at the same time.
+
+        Instead of waiting, the agent takes the steps of ``meanwhile``, and what is left of them afterwards.
 
         :raises InjectError: as run(), for the first failure in order, when all batches have run.
         """
         threads = [self.tracer.threads[tid] for tid in batches]
-        for chunk in self._chunks(threads):
-            self._run(batches, chunk)
+        with self._running_errands(meanwhile):
+            for chunk in self._chunks(threads):
+                self._run(batches, chunk)
         for batch in batches.values():
             batch.check()
 
-    def _run(self, batches: Mapping[int, Batch], threads: list[TracedThread]) -> None:
-        sizes = [_control_and_batch_bytes(batches[t.tid]) for t in threads]
-        nr_workers = len(threads) - 1
-        total = _align(sum(sizes)) + (nr_workers + 1) * routine.BLOCK_STRIDE
-        self._enter(threads[0], total)
-        base = self._area_start()
-        fresh, self._fresh = self._fresh, False
-        controls = []
-        packed: list[Packed] = []
-        for thread, size in zip(threads, sizes):
-            controls.append(base)
-            packed.append(batches[thread.tid].pack(base + _HEAD_BYTES))
-            base += size
-        base = (base + routine.BLOCK_STRIDE - 1) & -routine.BLOCK_STRIDE
-        blocks = [base + i * routine.BLOCK_STRIDE for i in range(nr_workers)]
-        self._write_batches(threads, controls, packed, blocks)
+    @contextlib.contextmanager
+    def _running_errands(self, steps: Iterable[object]) -> Iterator[None]:
+        errands = self.tracer.errands = Errands(steps)
         try:
-            self._start(threads, controls, packed, blocks, fresh=fresh)
-            self._finish(threads, controls)
+            yield
+        finally:
+            self.tracer.errands = Errands()
+        errands.finish()
+
+    def _run(self, batches: Mapping[int, Batch | Copy], threads: list[TracedThread]) -> None:
+        # In the scratch mapping: control areas, blocks of the workers, what keeps it from children, the batches.
+        nr_workers = len(threads) - 1
+        blocks_bytes = nr_workers * routine.BLOCK_STRIDE
+        controls_bytes = _align(len(threads) * routine.CONTROL_BYTES, routine.BLOCK_STRIDE)
+        sizes = [_align(batches[t.tid].size_bytes()) for t in threads]
+        total = routine.BLOCK_STRIDE + controls_bytes + blocks_bytes + _PRELUDE_BYTES + sum(sizes)
+        self._enter(threads[0], total)
+        base = _align(self._area_start(), routine.BLOCK_STRIDE)
+        fresh, self._fresh = self._fresh, False
+        blocks_at = base + controls_bytes
+        prelude_at = blocks_at + blocks_bytes
+        starts = accumulate(sizes[:-1], initial=prelude_at + _PRELUDE_BYTES)
+        packed = [batches[t.tid].pack(start) for t, start in zip(threads, starts)]
+        run = _Run(
+            threads=threads,
+            packed=packed,
+            controls=range(base, base + len(threads) * routine.CONTROL_BYTES, routine.CONTROL_BYTES),
+            blocks=range(blocks_at, prelude_at, routine.BLOCK_STRIDE),
+            prelude_bytes=routine.RECORD_BYTES if fresh else 0,
+        )
+        workers = self._workers(run)
+        parts = [
+            self._controls(run).ljust(controls_bytes, b"\0"),
+            workers.blank_blocks() if workers else self._parking_block(routine.BLOCK_STRIDE) * nr_workers,
+            self._prelude(prelude_at),
+        ]
+        parts += [plan.content.ljust(size, b"\0") for plan, size in zip(packed, sizes)]
+        self._memory.write(base, b"".join(parts))
+        try:
+            self._start(run, workers)
+            self._finish(run, workers)
         except BaseException:
-            self._recover_workers(threads[1:], blocks)
+            if workers:
+                self._recover(workers)
             raise
+        after = memoryview(self._memory.read(packed[0].first, sum(sizes)))
         for thread, plan in zip(threads, packed):
-            after = self._memory.read(plan.first, len(plan.content))
-            batches[thread.tid].unpack(plan.first, after)
-        if self.crash_safe:
-            for thread, block in zip(threads[1:], blocks):
-                self._take_out(thread, block)
+            at = plan.first - packed[0].first
+            batches[thread.tid].unpack(plan.first, bytes(after[at : at + len(plan.content)]))
+        if workers:
+            for thread in workers.threads:
+                workers.take_out(thread)
 
-    def _write_batches(
-        self,
-        threads: list[TracedThread],
-        controls: list[int],
-        packed: list[Packed],
-        blocks: list[int],
-    ) -> None:
-        nr_waited = len(blocks) if self.crash_safe else 0
-        for index, (control, plan) in enumerate(zip(controls, packed)):
-            head = struct.pack(
-                "<QQQ16xQ",
-                0,
-                0 if index else nr_waited,
-                blocks[0] if blocks and not index else 0,
-                self._scratch,
-            )
-            head = head.ljust(routine.CONTROL_BYTES, b"\0")
-            self._memory.write(control, head + self._prelude(control) + plan.content)
-        if not blocks:
-            return
+    def _workers(self, run: _Run) -> Workers | None:
+        """Return what takes the threads but the first in and out; None for a skeleton, whose threads stay in."""
         if not self.crash_safe:
-            for block in blocks:
-                self._memory.write(block, self._parking_block())
-            return
+            return None
         assert self._tail is not None
-        rips = [restart.healing_regs(thread.regs).rip for thread in threads[1:]]
-        self._stubs = self._tail.write_stubs(list(dict.fromkeys(rips)))
-        self._ticket = random.getrandbits(32) | 1
-        for block in blocks:
-            self._withdraw_ticket(block)
+        return Workers(self._tail, self._memory, run.threads[1:], run.blocks, self._requeue_signal)
 
-    def _prelude(self, control: int) -> bytes:
+    def _controls(self, run: _Run) -> bytes:
+        """Return the control areas; that of the first thread names the blocks to wait for."""
+        nr_waited = len(run.blocks) if self.crash_safe else 0
+        first_block = run.blocks[0] if run.blocks else 0
+        first = _CONTROL.pack(0, nr_waited, first_block, self._scratch)
+        return first + _CONTROL.pack(0, 0, 0, self._scratch) * len(run.blocks)
+
+    def _prelude(self, at: int) -> bytes:
         """Return a record, to be made first in a fresh scratch mapping, that keeps it from children forked meanwhile.
 
         Cells come first, the record right before the batch's own records.
         """
-        cells = control + routine.CONTROL_BYTES
         values = (NR_madvise, self._scratch, self._scratch_bytes, _MADV_DONTFORK, 0, 0, 0, 0)
-        pointers = [cells + 8 * index for index in range(7)]
+        pointers = [at + 8 * index for index in range(7)]
         return struct.pack("<8Q8Q", *values, *pointers, 0)
 
-    def _start(
-        self,
-        threads: list[TracedThread],
-        controls: list[int],
-        packed: list[Packed],
-        blocks: list[int],
-        *,
-        fresh: bool,
-    ) -> None:
+    def _start(self, run: _Run, workers: Workers | None) -> None:
         # The leader first, but it stays stopped until all are ready: if the agent dies in between, the leader must
         # already be bound to wait for the others before it unmaps.
-        addresses = [self._leader_block(), *blocks]
-        for index, (thread, control, plan, block) in enumerate(
-            zip(threads, controls, packed, addresses)
-        ):
-            # A skeleton's registers may have been changed by what it ran (arch_prctl): take them as they are.
-            regs = thread.regs.copy() if self.crash_safe else ptrace.getregs(thread.tid)
+        addresses = (self._leader_block(), *run.blocks)
+        for thread, control, plan, block in zip(run.threads, run.controls, run.packed, addresses):
+            is_first = thread is run.threads[0]
+            # The leader's of a skeleton may have been changed by what it ran (arch_prctl): taken as they are.
+            regs = thread.regs.copy() if self.crash_safe or not is_first else ptrace.getregs(thread.tid)
             regs.rip = self._code() + routine.BATCH
             regs.orig_rax = _U64
             regs.r15, regs.r12 = block, control
-            prelude = routine.RECORD_BYTES if fresh and not index else 0
-            regs.rbx, regs.rbp = plan.first - prelude, plan.undo
+            regs.rbx, regs.rbp = plan.first - run.prelude_bytes * is_first, plan.undo
             regs.r13, regs.r14 = plan.undo, plan.end
-            if self.crash_safe and index:
-                self._send_in(thread, block, regs)
+            if workers and not is_first:
+                workers.send_in(thread, regs)
             else:
                 ptrace.setregs(thread.tid, regs)
-        for thread in threads:
-            self._cont(thread)
+            if not is_first:
+                self._cont(thread)  # it finds work while the next is made ready
+        self._cont(run.threads[0])
 
-    def _send_in(self, thread: TracedThread, block: int, regs: user_regs_struct) -> None:
-        assert self._tail is not None
-        healing = restart.healing_regs(thread.regs)
-        self._point_at_join(thread, block, regs)
-        ptrace.setsigmask(thread.tid, ALL_BLOCKED)
-        self._requeue_signal(thread)
-        content = _block(thread, self._stubs[healing.rip], self._ticket, self._tail.heal)
-        self._memory.write(block, content)
-
-    def _take_out(self, thread: TracedThread, block: int) -> None:
-        regs = thread.regs.copy()
-        regs.rbx = regs.rbp = regs.r13 = 0  # no calls to make: should it find its ticket it leaves at once
-        self._point_at_join(thread, block, regs)
-        self._withdraw_ticket(block)
-        self._restore_exactly(thread)
-
-    def _point_at_join(self, thread: TracedThread, block: int, regs: user_regs_struct) -> None:
-        """Point a thread at the code that goes on with ``regs`` (rbx, rbp, r12-r14) if its ticket is there."""
-        assert self._tail is not None
-        tail, rip = self._tail, restart.healing_regs(thread.regs).rip
-        way_back = _block(thread, tail.stub_of(tail.passing), 0, tail.heal)
-        tail.write_slot(tail.passing, way_back, rip)
-        regs.rip, regs.orig_rax, regs.r15 = tail.join, _U64, tail.passing
-        regs.rax, regs.rsi, regs.r9 = NR_futex, FUTEX_CMP_REQUEUE | FUTEX_PRIVATE_FLAG, self._ticket
-        regs.rdi = regs.r8 = block + routine.BLOCK_TICKET
-        regs.rdx = regs.r10 = 0
-        ptrace.setregs(thread.tid, regs)
-
-    def _withdraw_ticket(self, block: int) -> None:
-        """Have the first thread wait for the thread of this block no more: the block counts as read to the end."""
-        gone = bytearray(routine.BLOCK_BYTES)
-        struct.pack_into("<Q", gone, routine.BLOCK_R15, block)
-        self._memory.write(block, bytes(gone))
-
-    def _finish(self, threads: list[TracedThread], controls: list[int]) -> None:
+    def _finish(self, run: _Run, workers: Workers | None) -> None:
         """Wait until every routine reports, then stop the threads where they wait."""
         began = time.monotonic()
+        while self.tracer.errands.step() and time.monotonic() < began + _ERRANDS_S:
+            pass
         looks = 0
-        # A skeleton stops at every thread that it makes, a source only for a rare SIGSTOP.
-        stride = 8 if self.crash_safe else 2
-        for thread, control in zip(threads, controls):
-            while not self._is_done(thread, control):
-                looks += 1
-                if looks % stride == 0:
-                    self._serve_stops(threads)
-                waited = time.monotonic() - began
-                pause(waited)
-                if waited > RUN_TIMEOUT_S:
-                    raise FreezeError(
-                        f"System calls injected into thread {thread.tid} of process {self.tracer.pid} do not end"
-                    )
-        for thread in threads:
-            self._stop_in_routine(thread)
+        # A skeleton's leader stops at every thread that it makes, others only for a rare SIGSTOP; all have to be asked.
+        stride = max(8, len(run.threads) // 4) if self.crash_safe or run.blocks else 2
+        while (busy := self._find_busy(run)) is not None:
+            looks += 1
+            if looks % stride == 0:
+                self._serve_stops(run.threads)
+            waited = time.monotonic() - began
+            pause(waited)
+            if waited > RUN_TIMEOUT_S:
+                raise FreezeError(
+                    f"System calls injected into thread {busy.tid} of process {self.tracer.pid} do not end"
+                )
+        running = [thread for thread in run.threads if not thread.stopped]
+        for thread in running:
+            ptrace.interrupt(thread.tid)
+        for thread in running:
+            self._wait_event_stop(thread)
+        # Only the first thread can be anywhere else without having left a sign.
+        lost = workers.find_lost() if workers else None
+        if lost is not None or not self._is_ours(ptrace.getregs(run.threads[0].tid).rip):
+            raise self._lost_control(lost or run.threads[0])
 
-    def _is_done(self, thread: TracedThread, control: int) -> bool:
+    def _find_busy(self, run: _Run) -> TracedThread | None:
+        """Return a thread that does not report yet."""
         try:
-            return self._memory.read_u64(control + routine.CONTROL_DONE) != 0
+            controls = self._memory.read(run.controls[0], routine.CONTROL_BYTES * len(run.controls))
         except OSError as err:
-            raise self._lost_control(thread) from err
+            raise self._lost_control(run.threads[0]) from err
+        done = memoryview(controls).cast("Q")[:: routine.CONTROL_BYTES // 8].tolist()
+        return run.threads[done.index(0)] if 0 in done else None
 
     def _serve_stops(self, threads: list[TracedThread]) -> None:
         for thread in threads:
@@ -336,22 +329,23 @@ class Injector:
             info = ptrace.getsiginfo(thread.tid)
             if struct.unpack_from("<i", info, 8)[0] > 0:  # si_code: from the kernel
                 if self.crash_safe:
-                    self._restore_exactly(thread)
+                    restore_exactly(thread)
                 raise InjectError(
                     f"Injected code failed with signal {sig} at {regs.rip:#x} in thread {thread.tid}"
                 )
         return sig
 
-    def _stop_in_routine(self, thread: TracedThread) -> None:
-        """Interrupt the thread and wait for the stop; hand on a SIGSTOP that comes first."""
-        if thread.stopped:
-            return
-        ptrace.interrupt(thread.tid)
-        self._wait_event_stop(thread)
-        if not self._is_ours(ptrace.getregs(thread.tid).rip):
-            raise self._lost_control(thread)
+    def _stop(self, thread: TracedThread) -> None:
+        """Stop a thread that may have been interrupted already."""
+        stop = self.tracer.poll_stop(thread)
+        if stop is None or stop.kind is not StopKind.EVENT_STOP:
+            ptrace.interrupt(thread.tid)
+            if stop is not None:
+                self._cont(thread, self._signal_to_pass(thread, stop.sig) if stop.kind is StopKind.SIGNAL else 0)
+            self._wait_event_stop(thread)
 
     def _wait_event_stop(self, thread: TracedThread) -> None:
+        """Wait for the stop of an interrupted thread; hand on a SIGSTOP that comes first."""
         while True:
             stop = self.tracer.wait_stop(thread)
             if stop.kind is StopKind.EVENT_STOP:
@@ -389,17 +383,14 @@ class Injector:
             self._cont(thread, sig)
             time.sleep(0.001)
 
-    def _recover_workers(self, workers: list[TracedThread], blocks: list[int]) -> None:
+    def _recover(self, workers: Workers) -> None:
         """After a failure: no thread but the host may go on using the scratch mapping."""
-        if not self.crash_safe:
-            return
-        for thread, block in zip(workers, blocks):
+        for thread in workers.threads:
             try:
                 if not thread.stopped:
-                    ptrace.interrupt(thread.tid)
-                    self._wait_event_stop(thread)
+                    self._stop(thread)
                 if self._is_ours(ptrace.getregs(thread.tid).rip):
-                    self._take_out(thread, block)
+                    workers.take_out(thread)
                 else:
                     thread.forget()
             except (ProcessLookupError, TargetGone):
@@ -431,7 +422,7 @@ class Injector:
         healing = restart.healing_regs(thread.regs)
         tail.write()
         tail.write_slot(
-            tail.block, _block(thread, tail.stub_of(tail.block), nr_bytes, tail.gather), healing.rip
+            tail.block, way_home(thread, tail.stub_of(tail.block), nr_bytes, tail.gather), healing.rip
         )
         regs = thread.regs.copy()
         regs.rip, regs.orig_rax, regs.r15 = tail.map, _U64, tail.block
@@ -444,7 +435,7 @@ class Injector:
         self._requeue_signal(thread)
         result = self._finish_call(thread).result
         if result < 0:
-            self._restore_exactly(thread)
+            restore_exactly(thread)
             self._host = None
             raise InjectError(
                 f"Cannot map {nr_bytes} bytes in process {self.tracer.pid}: {os.strerror(-result)}",
@@ -460,7 +451,7 @@ class Injector:
 
     def _ensure_tail(self) -> Tail:
         if self._tail is None:
-            self._tail = Tail(self._memory, find_tail(self._memory))
+            self._tail = Tail(self._memory, find_tail(self._memory, self.tracer.tail))
         return self._tail
 
     def _finish_call(self, thread: TracedThread) -> user_regs_struct:
@@ -503,13 +494,8 @@ class Injector:
         ptrace.setregs(thread.tid, regs)
         self._finish_call(thread)
         self._scratch = self._scratch_bytes = 0
-        self._restore_exactly(thread)
+        restore_exactly(thread)
         self._host = None
-
-    def _restore_exactly(self, thread: TracedThread) -> None:
-        # The mask first: as long as the registers are ours the thread restores both by itself.
-        ptrace.setsigmask(thread.tid, thread.sigmask)
-        ptrace.setregs(thread.tid, restart.resuming_regs(thread.regs))
 
     # -- the destination (not crash_safe) --------------------------------------------------------------------------
 
@@ -608,18 +594,22 @@ class Injector:
             return self._scratch + routine.ROUTINE.index(SYSCALL_INSTRUCTION)
         return find_syscall_instruction(self.tracer)
 
-    def _parking_block(self) -> bytes:
-        block = bytearray(routine.BLOCK_BYTES)
+    def _parking_block(self, nr_bytes: int = routine.BLOCK_BYTES) -> bytes:
+        block = bytearray(nr_bytes)
         struct.pack_into("<Q", block, 168, self._scratch + routine.PARK)
         return bytes(block)
 
     # -- both ------------------------------------------------------------------------------------------------------
 
-    def close(self) -> None:
+    def close(self, *, meanwhile: Iterable[object] = ()) -> None:
         """Remove every trace: the scratch mapping, the code, the threads' registers and signal masks.
 
-        A skeleton keeps its threads as they are. Closing twice is harmless.
+        A skeleton keeps its threads as they are. Closing twice is harmless. ``meanwhile``: as in run_parallel().
         """
+        with self._running_errands(meanwhile):
+            self._close()
+
+    def _close(self) -> None:
         if not self.crash_safe:
             if self._scratch:
                 thread = self._default_thread()
@@ -671,9 +661,11 @@ class Injector:
         return self._scratch + (self._in_use[0] if self.crash_safe else PAGE_SIZE)
 
     def _chunks(self, threads: list[TracedThread]) -> list[list[TracedThread]]:
-        """Split where the room for return addresses ends."""
-        if not self.crash_safe or not threads:
-            return [threads] if threads else []
+        """Split where the room for return addresses ends, and large numbers."""
+        if not self.crash_safe:
+            return [threads[i : i + _MAX_PARALLEL] for i in range(0, len(threads), _MAX_PARALLEL)]
+        if not threads:
+            return []
         tail = self._ensure_tail()
         leader = self._default_thread() if self._host is not None else threads[0]
         chunks: list[list[TracedThread]] = []
@@ -683,21 +675,14 @@ class Injector:
         for thread in threads:
             self._study(thread)
             rip = restart.healing_regs(thread.regs).rip
-            if not chunks or (rip not in rips and len(rips) == tail.nr_stubs):
+            full = chunks and len(chunks[-1]) == _MAX_PARALLEL
+            if not chunks or full or (rip not in rips and len(rips) == tail.nr_stubs):
                 chunks.append([])
                 rips = set()
             elif chunks[-1]:
                 rips.add(rip)
             chunks[-1].append(thread)
         return chunks
-
-
-def _block(thread: TracedThread, stub: int, extra: int, leave: int) -> bytes:
-    """Return what a thread needs to find back by itself, as routine_x86_64 reads it; ``extra``: size or ticket."""
-    regs = restart.healing_regs(thread.regs)
-    words = [getattr(regs, name) for name in routine.BLOCK_REGS]
-    words += [stub, thread.sigmask, ALL_BLOCKED, extra, leave]
-    return struct.pack("<22Q", *words)
 
 
 def find_syscall_instruction(tracer: Tracer) -> int:
@@ -714,13 +699,9 @@ def find_syscall_instruction(tracer: Tracer) -> int:
     raise InjectError(f"Process {tracer.pid} has no system call instruction")
 
 
-def _control_and_batch_bytes(batch: Batch) -> int:
-    return _align(_HEAD_BYTES + batch.size_bytes())
-
-
 def _round_up(nr_bytes: int) -> int:
     return (nr_bytes + PAGE_SIZE - 1) & ~(PAGE_SIZE - 1)
 
 
-def _align(value: int) -> int:
-    return (value + 63) & ~63
+def _align(value: int, alignment: int = 64) -> int:
+    return (value + alignment - 1) & -alignment

@@ -369,7 +369,7 @@ def leave_rseq_section(thread: TracedThread, memory: TargetMemory) -> None:
     regs = thread.regs
     if in_syscall(regs):
         return  # no system calls inside a sequence
-    config = ptrace.get_rseq_configuration(thread.tid)
+    config = thread.rseq
     if config is None:
         return
     descriptor = memory.read_u64(config.addr + 8)

@@ -15,11 +15,13 @@ Addresses are target addresses.
 
 from __future__ import annotations
 
+import contextlib
 import struct
 import time
 from typing import Final, NamedTuple
 
 from agent.errors import InjectError
+from agent.kernel.procmap import ProcmapQuery
 from agent.procfs.maps import MapsEntry, parse_maps, read_maps
 from agent.procfs.process import list_tids
 from agent.procfs.status import read_task_status
@@ -43,10 +45,12 @@ _ELF_HEADER: Final = struct.Struct("<16sHHIQQQIHHHHHH")
 
 
 class TailPlace(NamedTuple):
-    """Where a tail is: [start, end)."""
+    """Where a tail is: [start, end), the end of a mapping."""
 
     start: int
     end: int
+    mapping: int
+    """Where the mapping begins, which is the vdso's image; 0: it is a file."""
 
 
 class Tail:
@@ -81,7 +85,12 @@ class Tail:
 
     def write_slot(self, slot: int, block: bytes, return_rip: int) -> None:
         """Write a thread's way back; `block` must name stub_of(slot) as its stub."""
-        self._memory.write(slot, block + routine.EXIT_TAIL + struct.pack("<Q", return_rip))
+        self._memory.write(slot, self.make_slot(block, return_rip))
+
+    @staticmethod
+    def make_slot(block: bytes, return_rip: int) -> bytes:
+        """Return what write_slot() writes."""
+        return block + routine.EXIT_TAIL + return_rip.to_bytes(8, "little")
 
     @staticmethod
     def stub_of(slot: int) -> int:
@@ -108,16 +117,18 @@ class Tail:
         return self.start <= vaddr < self.start + self._nr_bytes
 
 
-def find_tail(memory: TargetMemory) -> TailPlace:
-    """Return a place with room for the code.
+def find_tail(memory: TargetMemory, known: TailPlace | None = None) -> TailPlace:
+    """Return a place with room for the code; ``known`` is one found before, which is there in general.
 
     :raises InjectError: there is none. :raises OSError: the process is gone.
     """
+    if known is not None and _is_still_there(memory, known):
+        return known
     lines = [line for line in read_maps(memory.pid).splitlines() if b" r-xp " in line]
     maps = parse_maps(b"\n".join(lines) + b"\n")
     for entry in maps:
         if entry.path == "[vdso]":
-            place = _after_elf(memory, entry)
+            place = _after_elf(memory, entry.start, entry.end)
             if place is not None:
                 return place
     for entry in maps:
@@ -131,9 +142,22 @@ def find_tail(memory: TargetMemory) -> TailPlace:
     )
 
 
-def _after_elf(memory: TargetMemory, entry: MapsEntry) -> TailPlace | None:
+def _is_still_there(memory: TargetMemory, place: TailPlace) -> bool:
+    if not place.mapping:
+        return False
+    try:
+        with contextlib.closing(ProcmapQuery(memory.pid)) as query:
+            found = query.covering(place.mapping)
+            if found != (place.mapping, place.end) or not query.is_executable:
+                return False
+        return _after_elf(memory, place.mapping, place.end) == place
+    except OSError:
+        return False
+
+
+def _after_elf(memory: TargetMemory, image: int, end: int) -> TailPlace | None:
     # What counts is where the image ends, not where zeros begin: a killed agent's code may be there.
-    header = _ELF_HEADER.unpack(memory.read(entry.start, _ELF_HEADER.size))
+    header = _ELF_HEADER.unpack(memory.read(image, _ELF_HEADER.size))
     ident, sections_offset, section_bytes, nr_sections = (
         header[0],
         header[6],
@@ -142,9 +166,9 @@ def _after_elf(memory: TargetMemory, entry: MapsEntry) -> TailPlace | None:
     )
     if ident[:5] != b"\x7fELF\x02" or not sections_offset:
         return None
-    end = sections_offset + section_bytes * nr_sections
-    start = entry.start + ((end + 15) & ~15)
-    return TailPlace(start, entry.end) if start + MIN_BYTES <= entry.end else None
+    used = sections_offset + section_bytes * nr_sections
+    start = image + ((used + 15) & ~15)
+    return TailPlace(start, end, image) if start + MIN_BYTES <= end else None
 
 
 def _after_content(memory: TargetMemory, entry: MapsEntry) -> TailPlace | None:
@@ -155,21 +179,25 @@ def _after_content(memory: TargetMemory, entry: MapsEntry) -> TailPlace | None:
     at = page.find(_MAGIC)
     used = at if at >= 0 and at % 16 == 0 else len(page.rstrip(b"\0")) + 15 & ~15
     start = entry.end - PAGE_SIZE + used
-    return TailPlace(start, entry.end) if start + MIN_BYTES <= entry.end else None
+    return TailPlace(start, entry.end, 0) if start + MIN_BYTES <= entry.end else None
 
 
-def wait_healed(pid: int, memory: TargetMemory) -> None:
-    """Wait until no thread is on the way back from what a killed agent made it do; normally returns at once."""
+def wait_healed(pid: int, memory: TargetMemory) -> TailPlace | None:
+    """Wait until no thread is on the way back from what a killed agent made it do; normally returns at once.
+
+    Returns where the tail is, if there is one.
+    """
     try:
         place = find_tail(memory)
         magic, _slot = _HEADER.unpack(memory.read(place.start, _HEADER.size))
     except (InjectError, OSError):
-        return  # nothing to find, or whoever needs the tail will say what is wrong
+        return None  # whoever needs the tail will say what is wrong
     if magic != _MAGIC:
-        return
+        return place
     deadline = time.monotonic() + _HEALING_LIMIT_S
     while time.monotonic() < deadline and any(_is_healing(pid, t, place) for t in list_tids(pid)):
         time.sleep(0.01)
+    return place
 
 
 def _is_healing(pid: int, tid: int, place: TailPlace) -> bool:

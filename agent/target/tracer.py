@@ -40,6 +40,7 @@ from agent.procfs.status import read_status, read_task_status
 from agent.target import restart
 from agent.target.memory import TargetMemory
 from agent.target.tail import wait_healed
+from agent.target.waiting import PATIENT_S, Errands, pause
 
 log = logging.getLogger(__name__)
 
@@ -52,12 +53,6 @@ _SWALLOW_PATIENCE_S: Final = 60.0
 _ALL_SIGNALS: Final = (1 << 64) - 1
 _REAP_S: Final = 1.0
 """How long to wait for killed threads to end."""
-_SPIN_S: Final = 0.00005
-"""How long to wait by yielding the CPU, before sleeping between looks: an urgent agent yields to nobody, and
-the very thread it waits for may need its CPU."""
-_SHORT_PAUSE_S: Final = 0.00002
-_PATIENT_S: Final = 0.002
-"""After so long, looks may be farther apart."""
 _LOOK: Final = os.WEXITED | os.WSTOPPED | os.WNOHANG | os.WNOWAIT | wait.WALL
 _EVENTS_OF_CHILDREN: Final = (
     ptrace.PTRACE_EVENT_CLONE,
@@ -99,6 +94,7 @@ class TracedThread:
         self._regs: user_regs_struct | None = None
         self._sigmask: int | None = None
         self._siginfo: bytes | None = None
+        self._rseq: list[ptrace.RseqConfiguration | None] = []
         self._regs_changed = False
         self.settled = False
         """Whether restart.settle() has seen this stop."""
@@ -119,6 +115,13 @@ class TracedThread:
         if self._sigmask is None:
             self._sigmask = ptrace.getsigmask(self.tid)
         return self._sigmask
+
+    @property
+    def rseq(self) -> ptrace.RseqConfiguration | None:
+        """The registered rseq area at the stop, if any."""
+        if not self._rseq:
+            self._rseq.append(ptrace.get_rseq_configuration(self.tid))
+        return self._rseq[0]
 
     @property
     def pending_siginfo(self) -> list[bytes]:
@@ -148,6 +151,7 @@ class TracedThread:
         self._regs = None
         self._sigmask = None
         self._siginfo = None
+        self._rseq.clear()
         self._regs_changed = False
         self.settled = False
         self.pending_stop_signal = 0
@@ -173,6 +177,8 @@ class Tracer:
         self._dead: list[int] = []  # threads whose end may still have to be taken from the kernel
         self.new_children: list[int] = []
         """Ids (as the agent sees them) of threads and processes made by traced threads, oldest first."""
+        self.errands = Errands()
+        """What to do instead of waiting."""
         self.stopped_ns = 0
         """When stop_all() stopped the first thread, by CLOCK_MONOTONIC."""
         self._options = ptrace.PTRACE_O_TRACESYSGOOD
@@ -183,8 +189,8 @@ class Tracer:
         else:
             self._options |= ptrace.PTRACE_O_TRACEEXEC
         self.memory = TargetMemory(pid)
-        if not kill_on_exit:
-            wait_healed(pid, self.memory)
+        self.tail = None if kill_on_exit else wait_healed(pid, self.memory)
+        """Where there was room for code when the process was last looked at; for find_tail()."""
         self._program = self._identify_program()
 
     def __enter__(self) -> Tracer:
@@ -497,7 +503,9 @@ class Tracer:
             if stop is not None:
                 return stop
             waited = time.monotonic() - began
-            if waited < _PATIENT_S:
+            if self.errands.step():
+                continue
+            if waited < PATIENT_S:
                 pause(waited)
                 continue
             self._check_alive(thread)
@@ -630,14 +638,6 @@ class Tracer:
             f"Thread {thread.tid} of process {self.pid} did not stop within {timeout_s:g} s (state {state})",
             hint="a thread in uninterruptible sleep (state D: disk, NFS, vfork) cannot be stopped",
         )
-
-
-def pause(waited_s: float) -> None:
-    """Let others run between two looks at something that has been waited for so long."""
-    if waited_s < _SPIN_S:
-        os.sched_yield()
-    else:
-        time.sleep(_SHORT_PAUSE_S if waited_s < _PATIENT_S else 10 * _SHORT_PAUSE_S)
 
 
 def release_hold(pid: int) -> None:

@@ -28,7 +28,7 @@ REBUILD = "agent.rebuild:Rebuild."
 SENDER_POINTS = {
     STORE + "record_undecided:before": "here",
     STORE + "record_undecided:after": "here (record left)",
-    TRACER + "stop_all:after": "here (record left)",
+    SOURCE + "_freeze:after": "here (record left)",
     TRACER + "hold:before": "here (record left)",
     TRACER + "hold:after": "aborted by resolve",
     SOURCE + "_commit:after": "committed by resolve",
@@ -115,7 +115,7 @@ WINDOWS = {
         ((SOURCE + "run:before", total), 1000),
         ((SOURCE + "_handshake:before", lambda arena: 0.1 * total(arena)), 1000),
         ((TRACER + "stop:before", lambda arena: 0.2 * total(arena)), 1000),
-        ((TRACER + "stop_all:before", downtime), 1000),
+        ((SOURCE + "_freeze:before", downtime), 1000),
         ((SOURCE + "_send_final:before", downtime), 1000),
         ((TRACER + "hold:before", lambda arena: 0.05 * downtime(arena)), 3000),
     ),

@@ -34,7 +34,6 @@ from tests.migrate.crossing import (
 SOURCE = "agent.source:_Migration."
 DESTINATION = "agent.destination:_Migration."
 REBUILD = "agent.rebuild:Rebuild."
-TRACER = "agent.target.tracer:Tracer."
 STOP_SELF = f"0/{signal.SIGSTOP:d}"
 EVERY_CUT = int(os.environ.get("FERRY_KILL_ROUNDS", "0")) >= 100
 
@@ -92,8 +91,8 @@ PHASES = {
     "agent.tracker.registration:RegisteredMemory.arm:before": FAILED,
     "agent.rounds:RoundSender.send_round:before": FAILED,
     "agent.rounds:RoundSender.send_round:after": FAILED,
-    TRACER + "stop_all:before": FAILED,
-    TRACER + "stop_all:after": FAILED,
+    SOURCE + "_freeze:before": FAILED,
+    SOURCE + "_freeze:after": FAILED,
     "agent.source:dump_files:before": FAILED,
     SOURCE + "_finish:before": FAILED,
 }
@@ -136,7 +135,7 @@ def test_target_killed_in_each_phase(source: Host, destination: Host, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "point", ["agent.rounds:RoundSender.send_round:after", TRACER + "stop_all:before"]
+    "point", ["agent.rounds:RoundSender.send_round:after", SOURCE + "_freeze:before"]
 )
 @pytest.mark.parametrize("what", ["exit", "exec", "fork"])
 def test_target_exits_execs_or_forks_meanwhile(

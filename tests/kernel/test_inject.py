@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -26,9 +27,12 @@ from agent.kernel.syscalls import (
     NR_uname,
     NR_write,
 )
-from agent.target.inject import Batch, Injector
+from agent.target import inject
+from agent.target.inject import Batch, Call, Injector
+from agent.target.tail import TailPlace, find_tail
+from agent.target.template import Template
 from agent.target.tracer import Tracer
-from tests.kernel.support import wait_for
+from tests.kernel.support import PAGE, wait_for
 
 THREADED = """
 import threading
@@ -256,6 +260,134 @@ def test_slow_agent_is_told_and_the_thread_unharmed(monkeypatch: pytest.MonkeyPa
         assert read_maps(child.pid) == maps
         out, _ = child.communicate(b"\n")
         assert out == b"done\n"
+
+
+def test_slow_agent_is_told_and_all_threads_unharmed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(THREADED) as child:
+        maps = read_maps(child.pid)
+        with Tracer(child.pid) as tracer:
+            threads = tracer.stop_all()
+            regs = {t.tid: t.regs.copy() for t in threads}
+            with Injector(tracer) as injector:
+                batches = {thread.tid: Batch() for thread in threads}
+                for batch in batches.values():
+                    batch.call(NR_gettid)
+                finish = injector._finish
+
+                def late(*args: object) -> None:
+                    time.sleep(1.3)
+                    finish(*args)  # type: ignore[arg-type]
+
+                monkeypatch.setattr(injector, "_finish", late)
+                with pytest.raises(InjectError, match="before the agent looked"):
+                    injector.run_parallel(batches)
+            for thread in threads:
+                tracer.stop(thread.tid)
+                assert ptrace.getregs(thread.tid).rip in {r.rip for r in regs.values()} | {
+                    r.rip - 2 for r in regs.values()
+                }
+        assert read_maps(child.pid) == maps
+        out, _ = child.communicate(b"\n")
+        assert out == b"done\n"
+
+
+def test_more_threads_than_can_run_at_once_run_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inject, "_MAX_PARALLEL", 4)
+    with running(THREADED) as child:
+        with Tracer(child.pid) as tracer:
+            threads = tracer.stop_all()
+            maps = read_maps(child.pid)
+            regs = {t.tid: t.regs.copy() for t in threads}
+            template, own = template_of(NR_gettid)
+            with Injector(tracer) as injector:
+                copies = {thread.tid: template.copy() for thread in threads}
+                steps = iter(range(1000))
+                injector.run_parallel(copies, meanwhile=steps)
+                assert next(steps, None) is None, "what is left of the errands is done afterwards"
+                for tid, copy in copies.items():
+                    copy.load()
+                    assert own.value == tid
+            assert {t.tid: ptrace.getregs(t.tid) for t in threads} == regs
+            assert read_maps(child.pid) == maps
+        out, _ = child.communicate(b"\n")
+        assert out == b"done\n"
+
+
+def template_of(nr: int) -> tuple[Template, Call]:
+    batch = Batch()
+    call = batch.call(nr)
+    return Template(batch), call
+
+
+def test_copies_differ_in_their_variables_only() -> None:
+    with running(THREADED) as child, Tracer(child.pid) as tracer:
+        threads = tracer.stop_all()
+        batch = Batch()
+        words = batch.buffer(16)
+        back = batch.buffer(8)
+        pipe = batch.buffer(8)
+        batch.call(NR_pipe2, pipe, os.O_CLOEXEC)
+        batch.call(NR_write, pipe.cell(4), words.at(8), words.cell(0))
+        batch.call(NR_read, pipe.cell(0), back, 8)
+        batch.call(NR_close, pipe.cell(0))
+        batch.call(NR_close, pipe.cell(4))
+        template = Template(batch)
+        texts = {thread.tid: f"<{thread.tid}>".encode()[-8:] for thread in threads}
+        with Injector(tracer) as injector:
+            copies = {
+                tid: template.copy(struct.pack("<Q8s", len(text), text), into=words) for tid, text in texts.items()
+            }
+            injector.run_parallel(copies)
+            for tid, text in texts.items():
+                copies[tid].load()
+                assert back.read().rstrip(b"\0") == text
+
+
+def test_failed_call_of_a_copy_is_named() -> None:
+    with running(THREADED) as child, Tracer(child.pid) as tracer:
+        threads = tracer.stop_all()
+        batch = Batch()
+        fd = batch.buffer(8)
+        batch.call(NR_close, fd.cell(), name="close(it)")
+        template = Template(batch)
+        with Injector(tracer) as injector:
+            copies = {t.tid: template.copy(struct.pack("<q", 9999), into=fd) for t in threads}
+            with pytest.raises(InjectError, match=r"close\(it\)"):
+                injector.run_parallel(copies)
+
+
+def test_error_of_an_errand_comes_when_all_is_as_it_was() -> None:
+    def errands() -> Iterator[int]:
+        yield 1
+        raise ValueError("errand")
+
+    with running(THREADED) as child:
+        with Tracer(child.pid) as tracer:
+            threads = tracer.stop_all()
+            maps = read_maps(child.pid)
+            regs = {t.tid: t.regs.copy() for t in threads}
+            injector = Injector(tracer)
+            template, _own = template_of(NR_gettid)
+            with pytest.raises(ValueError, match="errand"):
+                injector.run_parallel({t.tid: template.copy() for t in threads}, meanwhile=errands())
+            with pytest.raises(ValueError, match="errand"):
+                injector.close(meanwhile=errands())
+            assert {t.tid: ptrace.getregs(t.tid) for t in threads} == regs
+            assert read_maps(child.pid) == maps
+        out, _ = child.communicate(b"\n")
+        assert out == b"done\n"
+
+
+def test_tail_is_searched_anew_where_it_is_not_as_remembered() -> None:
+    with running(THREADED) as child, Tracer(child.pid) as tracer:
+        known = tracer.tail
+        assert known is not None and known.mapping
+        assert find_tail(tracer.memory, known) is known
+        for wrong in (known._replace(mapping=known.mapping - PAGE), known._replace(end=known.end + PAGE)):
+            assert find_tail(tracer.memory, wrong) == known
+        heap = next(line for line in read_maps(child.pid).splitlines() if line.endswith("[heap]"))
+        start, end = (int(word, 16) for word in heap.split()[0].split("-"))
+        assert find_tail(tracer.memory, TailPlace(end - PAGE, end, start)) == known
 
 
 def test_skeleton_mode_keeps_its_scratch_mapping_and_can_move_it() -> None:

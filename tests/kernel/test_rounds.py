@@ -13,7 +13,7 @@ from agent.kernel.syscalls import NR_mbind
 from agent.options import SendOptions
 from agent.procfs.maps import parse_maps, read_maps
 from agent.rounds import RoundSender
-from agent.snapshot import send_task
+from agent.snapshot import TaskSender
 from agent.target.tracer import Tracer
 from agent.tracker.base import DirtySet
 from agent.types import Pid
@@ -94,9 +94,11 @@ def test_memory_policies_of_mappings_are_asked_for_where_there_are_any() -> None
         child.run(interleave, start, 4 * 4096)
         child.wait_idle()
         target.learn_policies()
+        sender = TaskSender(target)
         assert (before, target.policy_nodes) == (None, 1)
         with Tracer(target.pid) as tracer:
-            send_task(cast(Any, link), target, tracer, tracer.stop_all())
+            tracer.stop_all()
+            sender.send(cast(Any, link), tracer)
             look(target, rounds)
     first, second = link.layouts()
     assert vma_at(first, start).policy == 0

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
@@ -41,6 +41,7 @@ from agent.kernel.syscalls import (
     NR_rt_tgsigqueueinfo,
     NR_setfsuid,
     NR_sigaltstack,
+    NR_tgkill,
     NR_timer_create,
     NR_timer_settime,
 )
@@ -56,6 +57,7 @@ from agent.state.task import (
     host_tids,
 )
 from agent.target.inject import Batch, Injector
+from agent.target.memory import TargetMemory
 from agent.target.tracer import Tracer
 from agent.types import Pid
 from tests.kernel.support import Puppet, blocked_in, puppet, skip_unless_root, wait_for
@@ -146,10 +148,8 @@ def dump(tracer: Tracer, *, crash_safe: bool = True) -> TaskState:
 
 
 def dump_with(tracer: Tracer, injector: Injector) -> TaskState:
-    batches = {int(tid): Batch() for tid in tracer.threads}
-    task = TaskDump(context_of(tracer.pid), tracer)
-    task.plan(batches)
-    injector.run_parallel(batches)
+    task = TaskDump(context_of(tracer.pid))
+    injector.run_parallel(task.plan(tracer), meanwhile=task.look())
     return task.state()
 
 
@@ -290,14 +290,10 @@ def restore(tracer: Tracer, injector: Injector, state: TaskState) -> TaskRestore
     for tid in list(tracer.new_children):
         tracer.adopt(tid)
     tids = host_tids(tracer.pid)
-    batches: dict[int, Batch] = {}
-    for thread in state.threads[1:]:
-        batches[tids[thread.tid]] = batch = Batch()
-        task.thread_calls(batch, thread.tid)
-    if batches:
-        injector.run_parallel(batches)
+    if len(tids) > 1:
+        injector.run_parallel(task.thread_copies(tids))
     batch = Batch()
-    task.thread_calls(batch, state.process.pid)
+    task.leader_calls(batch)
     injector.run(batch, tracer.leader)
     task.verify()
     task.write_files()
@@ -425,3 +421,111 @@ def test_timer_keeps_running_while_it_is_dumped() -> None:
             armed = any(timer.remaining_ns for timer in state.timers.interval_timers)
             assert fired != armed, "the alarm must be carried exactly once"
             child.run(wait_for_alarm)
+
+
+def change_what_was_prepared() -> None:
+    """Make a timer, lower a limit, rename a thread, start another, change directory."""
+    event = ctypes.create_string_buffer(struct.pack("=Qii48x", 0x77, 43, 0))
+    ident = ctypes.c_int()
+    syscall(NR_timer_create, 1, ctypes.addressof(event), ctypes.addressof(ident))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (150, 300))
+    _name(b"renamed")
+    os.chdir("/tmp")
+    ready = threading.Event()
+    threading.Thread(target=_worker, args=(ready,), daemon=True).start()
+    ready.wait()
+
+
+def test_what_changes_after_the_preparation_is_dumped_as_it_is() -> None:
+    with rich_child() as child:
+        task = TaskDump(context_of(child.pid))
+        child.run(change_what_was_prepared)
+        child.wait_idle()
+        with Tracer(child.pid) as tracer:
+            tracer.stop_all()
+            with Injector(tracer) as injector:
+                injector.run_parallel(task.plan(tracer), meanwhile=task.look())
+                state = task.state()
+            fresh = dump(tracer)
+        assert same_but_times(state) == same_but_times(fresh)
+        assert len(state.threads) == 4 and state.leader.name == b"renamed"
+        assert state.process.cwd == "/tmp"
+        assert state.limits.limits[resource.RLIMIT_NOFILE].soft == 150
+        assert len(state.timers.posix_timers) == 5 and state.timers.posix_timers[3].sigval == 0x77
+
+
+def test_prepared_dump_can_be_made_again() -> None:
+    # A freeze that comes at the wrong moment is made anew.
+    with rich_child() as child:
+        task = TaskDump(context_of(child.pid))
+        states = []
+        for _ in range(2):
+            with Tracer(child.pid) as tracer:
+                tracer.stop_all()
+                with Injector(tracer) as injector:
+                    injector.run_parallel(task.plan(tracer), meanwhile=task.look())
+                    states.append(task.state())
+        assert same_but_times(states[0]) == same_but_times(states[1])
+
+
+def test_signal_of_a_timer_that_goes_off_after_the_calls_is_not_lost() -> None:
+    with rich_child() as child:
+        task = TaskDump(context_of(child.pid))
+        with Tracer(child.pid) as tracer:
+            worker = tracer.stop_all()[1].tid
+            with Injector(tracer) as injector:
+                injector.run_parallel(task.plan(tracer), meanwhile=task.look())
+                os.kill(child.pid, signal.SIGTERM)  # merged with the one that waits
+                os.kill(child.pid, signal.SIGUSR2)
+                syscall(NR_tgkill, child.pid, worker, 40)
+                state = task.state()
+        shared = [int.from_bytes(info[:4], "little") for info in state.signals.pending]
+        private = [int.from_bytes(info[:4], "little") for info in state.threads[1].pending]
+        assert sorted(shared) == [signal.SIGUSR2, signal.SIGALRM, signal.SIGTERM]
+        assert private.count(40) == 3
+
+
+def start_sleepers(count: int) -> None:
+    for _ in range(count):
+        threading.Thread(target=signal.pause, daemon=True).start()
+
+
+def requests_of_a_dump(nr_threads: int, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+    """Return how many ptrace requests, and how many writes to its memory, freeze and dump a process."""
+    requests = writes = 0
+    request, write = ptrace._ptrace, TargetMemory.write
+
+    def counted_request(*args: Any) -> int:
+        nonlocal requests
+        requests += 1
+        result: int = request(*args)
+        return result
+
+    def counted_write(*args: Any) -> None:
+        nonlocal writes
+        writes += 1
+        write(*args)
+
+    with puppet() as child:
+        child.run(start_sleepers, nr_threads - 1)
+        child.wait_idle()
+        wait_for(lambda: all(blocked_in(tid) is not None for tid in list_tids(child.pid)), "the threads to sleep")
+        task = TaskDump(context_of(child.pid))
+        with Tracer(child.pid) as tracer, monkeypatch.context() as patch:
+            patch.setattr(ptrace, "_ptrace", counted_request)
+            patch.setattr(TargetMemory, "write", counted_write)
+            assert len(tracer.stop_all()) == nr_threads
+            with Injector(tracer) as injector:
+                injector.run_parallel(task.plan(tracer), meanwhile=task.look())
+                task.state()
+    return requests, writes
+
+
+def test_each_thread_costs_a_freeze_so_many_requests_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    few, many = (requests_of_a_dump(count, monkeypatch) for count in (2, 12))
+    # Frozen: seize, interrupt, registers. Asked: dispatch, rseq, extended registers, mask. In: registers, mask, go.
+    # Fetched: interrupt, registers, mask, registers. A thread that is slow to stop costs no more.
+    assert (many[0] - few[0]) / 10 <= 14
+    assert (many[1] - few[1]) / 10 <= 4
+    # All that a process takes, however few threads it has: the leader's own, two round trips, the queue of signals.
+    assert few[0] <= 2 * 14 + 18

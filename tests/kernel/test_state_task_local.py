@@ -13,6 +13,7 @@ import struct
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import pytest
@@ -24,21 +25,31 @@ from agent.kernel.syscalls import NR_timer_create, NR_timer_settime
 from agent.procfs.files import read_bytes
 from agent.procfs.status import read_status
 from agent.procfs.timers import read_timers
-from agent.state.creds import creds_of, own_securebits, plan_creds, restore_creds_calls
+from agent.state.creds import (
+    creds_of,
+    own_securebits,
+    parse_creds,
+    restore_creds_calls,
+    securebits_call,
+)
 from agent.state.limits import dump_limits, restore_limits_calls
 from agent.state.process import (
     dumpable_call,
     plan_process,
+    read_process_files,
     restore_process_calls,
 )
 from agent.state.sched import plan_sched, restore_sched_calls
 from agent.state.signals import (
+    ALTSTACK_BYTES,
+    altstack_call,
+    pack_altstack,
     plan_actions,
-    plan_altstack,
     restore_actions_calls,
     restore_altstack_call,
     restore_private_pending_calls,
     restore_shared_pending_calls,
+    unpack_altstack,
 )
 from agent.state.timers import arm_timers_calls, create_timers_calls, plan_timers
 from protocol.codec import decode, encode
@@ -212,9 +223,13 @@ def test_queued_signals_survive_with_kernel_siginfo() -> None:
 def test_alternate_stack_survives(state: AltStack) -> None:
     def destination() -> AltStack:
         batch = LocalBatch()
-        restore_altstack_call(batch.typed(), state)
+        restore_altstack_call(batch.typed(), batch.typed().data(pack_altstack(state)))
         batch.run()
-        return dump(lambda batch: plan_altstack(batch.typed()))
+        batch = LocalBatch()
+        out = batch.typed().buffer(ALTSTACK_BYTES)
+        altstack_call(batch.typed(), out)
+        batch.run()
+        return unpack_altstack(*struct.unpack("=QIIQ", out.read()))
 
     restored = in_child(destination)
     # The field is an int with the sign bit in use; only its bits matter.
@@ -292,7 +307,11 @@ def test_periodic_alarm_with_queued_signal_keeps_its_period() -> None:
 
 
 def dump_creds() -> CredState:
-    return dump(lambda batch: plan_creds(batch.typed(), os.getpid(), os.getpid()))
+    def plan(batch: LocalBatch) -> Callable[[], CredState]:
+        bits = securebits_call(batch.typed())
+        return lambda: parse_creds(read_bytes("/proc/self/status"), bits.value)
+
+    return dump(plan)
 
 
 def restored_creds(state: CredState) -> CredState:
@@ -361,9 +380,8 @@ def test_equal_credentials_need_no_call() -> None:
 
 def dump_process() -> ProcessState:
     pid = os.getpid()
-    return dump(
-        lambda batch: plan_process(batch.typed(), pid, read_bytes("/proc/self/status"), stop_signal=0)
-    )
+    files = read_process_files(pid, read_bytes("/proc/self/status"))
+    return dump(lambda batch: partial(plan_process(batch.typed(), pid), files, 0))
 
 
 def test_process_attributes_survive() -> None:

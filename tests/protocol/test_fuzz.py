@@ -11,7 +11,7 @@ import dataclasses
 import enum
 import random
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import msgpack
@@ -163,7 +163,8 @@ def near_value(rng: random.Random, hint: Any, depth: int = 4) -> Any:
     if origin is tuple:
         return [near_value(rng, part, depth - 1) for part in args]
     if origin is dict:
-        return {near_value(rng, args[0], 1): near_value(rng, args[1], depth - 1)}
+        key = near_value(rng, args[0], 1)
+        return {key if isinstance(key, Hashable) else 0: near_value(rng, args[1], depth - 1)}
     if args:
         return near_value(rng, rng.choice(args), depth)
     hint = getattr(hint, "__supertype__", hint)

@@ -22,6 +22,7 @@ from agent.errors import (
     RefusedError,
     SetupError,
     TargetGone,
+    TooLateError,
     TransferError,
     UndecidedError,
 )
@@ -67,7 +68,7 @@ from protocol.version import OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION, explain_
 _log = logging.getLogger(__name__)
 
 FREEZE_ATTEMPTS = 5
-"""How often a target that forks at the wrong moment is let go and frozen again."""
+"""How often a target that forks, or does not wait for the agent, at the wrong moment is let go and frozen again."""
 CLOSING_ROUNDS = 4
 """How many short rounds there may be right before the freeze."""
 FEW_PAGES = 64
@@ -347,10 +348,19 @@ class _Migration:
             self.limiter.enabled = False
         with urgent():
             link.send(Switchover())
-            for _attempt in range(FREEZE_ATTEMPTS):
+            for attempt in range(1, FREEZE_ATTEMPTS + 1):
                 with Tracer(self.target.pid) as tracer:
                     self._freeze(tracer)
-                    if not self._send_task(link, tracer):
+                    try:
+                        is_sent = self._send_task(link, tracer)
+                    except TooLateError as err:
+                        # Nothing was sent, and all of it runs again in a moment.
+                        if attempt == FREEZE_ATTEMPTS:
+                            raise
+                        _log.info("Freezing once more: %s", err)
+                        tracer.detach_all()
+                        continue
+                    if not is_sent:
                         # It forked after the last look: let both go on, and wait for the child again.
                         tracer.detach_all()
                         self._wait_for_children()

@@ -4,7 +4,8 @@ Usage: python -m tests.faults.striking send|recv POINT DELAY_US VICTIM ARGUMENTS
 
 POINT is MODULE:QUALNAME:before or :after; the first call of that function sends VICTIM a signal DELAY_US later, from
 a kernel timer for the agent itself (VICTIM "self"), or at once for another process (VICTIM "PID" or "PID/SIGNAL").
-With VICTIM "error/ERRNO" nobody gets a signal: that call fails so, before or after it has done its work.
+With VICTIM "error/ERRNO" nobody gets a signal: that call fails so, before or after it has done its work; with "late" it
+fails as if the agent had got no CPU time.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from agent.errors import TooLateError
 from tests.workloads import libc
 
 
@@ -46,6 +48,8 @@ def strike(victim: str, delay_us: int) -> None:
     if victim == "self":
         kill_self_in(delay_us)
         return
+    if victim == "late":
+        raise TooLateError("struck")
     pid, _, signum = victim.partition("/")
     if pid == "error":
         raise OSError(int(signum), os.strerror(int(signum)))

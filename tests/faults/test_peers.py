@@ -160,6 +160,17 @@ def test_target_exits_execs_or_forks_meanwhile(
         assert (source.proc(victim.inner) / "comm").read_text() == "sleep\n", story
 
 
+def test_target_that_did_not_wait_for_the_agent_is_frozen_once_more(
+    source: Host, destination: Host, tmp_path: Path
+) -> None:
+    victim = start_victim(source, tmp_path, "nothing")
+    strike = Strike("send", "agent.snapshot:TaskSender.send:before", victim="late")
+    sent, received = send_struck(source, destination, tmp_path, victim, strike)
+    assert sent.status == received.status == COMPLETED, f"{sent}\n{received}"
+    assert [span["phase"] for span in sent.outcome["freeze"]].count("freeze") == 2, str(sent)
+    assert destination.outer_pid(victim.inner)
+
+
 @pytest.mark.parametrize("victim_of", ["reader", "agent"])
 def test_target_of_the_log_tracker_outlives_who_it_waits_for(
     source: Host, destination: Host, tmp_path: Path, victim_of: str

@@ -40,9 +40,17 @@ from agent.report import CompletedReport, PhaseClock, Reporter, RoundReport, dow
 from agent.resolve import resolve
 from agent.rounds import RoundSender
 from agent.session_store import SessionStore
-from agent.snapshot import send_guards, send_mm, send_plan, send_pre_dump, send_task
+from agent.snapshot import (
+    send_guards,
+    send_mm,
+    send_plan,
+    send_pre_dump,
+    send_pre_files,
+    send_task,
+)
 from agent.state.files import dump_files, has_direct_io
 from agent.state.inetsk import reset_connections
+from agent.state.predump import PreDump
 from agent.target.tracer import TracedThread, Tracer
 from agent.tracker.base import Tracker
 from agent.tracker.choose import REFERENCE, Choice, choose_tracker
@@ -143,6 +151,7 @@ class _Migration:
         self.store = SessionStore(options.state_dir)
         self.limiter: BandwidthLimit | None = None
         self.link: Link | None = None
+        self.pre_dump: PreDump | None = None
 
     def run(self) -> None:
         """Go through all phases."""
@@ -179,6 +188,8 @@ class _Migration:
             raise
         finally:
             channel.close_gracefully()
+            if self.pre_dump is not None:
+                self.pre_dump.close()
         if self.options.leave_running:
             restart_hints.save(self.options.state_dir, self.target.pid)
         self.reporter.completed(report)
@@ -285,6 +296,8 @@ class _Migration:
         self._record(link)
         if not link.recorded:
             send_pre_dump(link, self.target)
+        if self.options.max_rounds:
+            self.pre_dump = send_pre_files(link, self.target)
         if 0 < len(self.reports) < self.options.max_rounds:
             # What was written during all that would be downtime.
             report = rounds.send_round(len(self.reports), rounds.collect(final=False))
@@ -351,18 +364,27 @@ class _Migration:
             send_mm(link, self.target, brk=brk)
         with self._phase("files", frozen=True):
             # Before the last look at memory: it shows which objects are open.
-            files = dump_files(self.target.ctx)
-            rounds.send_files(files)
+            has_direct = self._send_files(rounds)
         with self._phase("last round", frozen=True):
             dirty = rounds.collect(final=True)
             send_guards(link, self.target, dirty.guards.pairs)
             self.reports.append(rounds.send_round(len(self.reports), dirty, final=True))
         digest = None
-        self.verify |= self.tracker.name != REFERENCE and has_direct_io(files)
+        self.verify |= self.tracker.name != REFERENCE and has_direct
         if self.verify:
             with self._phase("digest", frozen=True):
                 digest = digest_process(self.target.pid, dirty.maps)
         link.send(link.session.state_end(digest))
+
+    def _send_files(self, rounds: RoundSender) -> bool:
+        """Returns whether one is open with O_DIRECT."""
+        if self.pre_dump is None:
+            files = dump_files(self.target.ctx)
+            rounds.send_files(files)
+            return has_direct_io(files.files)
+        change = self.pre_dump.dump_change()
+        rounds.send_files(change)
+        return has_direct_io([*self.pre_dump.state.files, *change.files])
 
     def _finish(self, link: Link, tracer: Tracer, tracker: Tracker) -> CompletedReport:
         if link.recorded:

@@ -9,7 +9,15 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from agent.state.openfile import REOPEN_FLAGS, Description, DumpJob, FileKind, Item, RestoreJob
+from agent.state.openfile import (
+    REOPEN_FLAGS,
+    Description,
+    DumpJob,
+    FileKind,
+    Item,
+    Recheck,
+    RestoreJob,
+)
 from protocol.state.memfd import MemFd
 
 
@@ -22,6 +30,11 @@ def dump_memfd(job: DumpJob, desc: Description) -> MemFd | None:
     return MemFd(object_id=job.ctx.shared_id(desc.info.st_dev, desc.info.st_ino, desc.fd))
 
 
+def memfd_unchanged(check: Recheck, desc: Description, body: MemFd) -> bool:
+    """See FileKind. Tells the context the number that the object has now."""
+    return dump_memfd(check.now, desc) == body
+
+
 def restore_memfd(job: RestoreJob, items: Sequence[Item[MemFd]]) -> None:
     """Open every object again."""
     for item in items:
@@ -32,4 +45,6 @@ def restore_memfd(job: RestoreJob, items: Sequence[Item[MemFd]]) -> None:
             os.lseek(fd, item.file.pos, os.SEEK_SET)
 
 
-KIND = FileKind(name="memfd", dump=dump_memfd, restore=restore_memfd)
+KIND = FileKind(
+    name="memfd", dump=dump_memfd, restore=restore_memfd, unchanged=memfd_unchanged
+)

@@ -25,7 +25,9 @@ from agent.state.openfile import (
     FileKind,
     Item,
     PreflightJob,
+    Recheck,
     RestoreJob,
+    read_owner,
     set_status_flags,
 )
 from agent.state.regfile import locate
@@ -61,6 +63,36 @@ def dump_pipe(job: DumpJob, desc: Description) -> PipeEnd | None:
         chunks = tuple(read_contents(fd))
     return PipeEnd(
         pipe_id=desc.inode, capacity=fcntl.fcntl(fd, F_GETPIPE_SZ), path=path, chunks=chunks
+    )
+
+
+def pipe_unchanged(check: Recheck, desc: Description, body: PipeEnd) -> bool:
+    """See FileKind. An empty pipe with the same ends as before: only both together say that it is the same."""
+    known: dict[str, bool] = check.now.memo.setdefault("unchanged pipes", {})
+    if desc.link not in known:
+        known[desc.link] = False  # until everything was looked at
+        known[desc.link] = not body.path and _is_as_before(check, desc.link, body)
+    return known[desc.link]
+
+
+def _is_as_before(check: Recheck, link: str, body: PipeEnd) -> bool:
+    ends = check.now.by_link()[link]
+    return (
+        {end.id for end in ends} == {end.id for end in check.before.by_link()[link]}
+        and all(end.id in check.candidates for end in ends)
+        and any(end.readable for end in ends)
+        and any(end.writable for end in ends)
+        and all(_is_plain(check.now.fetch(end), body) for end in ends)
+    )
+
+
+def _is_plain(fd: int, body: PipeEnd) -> bool:
+    # Nothing in it, nobody gets its signals. Also checks what was read from the running target by its number: it may
+    # have been another file just then.
+    return (
+        fcntl.ioctl(fd, termios.FIONREAD, bytes(4)) == bytes(4)
+        and fcntl.fcntl(fd, F_GETPIPE_SZ) == body.capacity
+        and read_owner(fd) is None
     )
 
 
@@ -221,4 +253,10 @@ def _fill(write_fd: int, ends: Sequence[Item[PipeEnd]]) -> None:
             raise RestoreError(f"Cannot restore {ends[0]}: {len(chunk)} bytes do not fit into the pipe")
 
 
-KIND = FileKind(name="pipe", dump=dump_pipe, restore=restore_pipe, preflight=preflight_pipe)
+KIND = FileKind(
+    name="pipe",
+    dump=dump_pipe,
+    restore=restore_pipe,
+    preflight=preflight_pipe,
+    unchanged=pipe_unchanged,
+)

@@ -24,6 +24,7 @@ from agent.state.openfile import (
     FileKind,
     Item,
     PreflightJob,
+    Recheck,
     RestoreJob,
     set_status_flags,
 )
@@ -69,6 +70,11 @@ def dump_timerfd(job: DumpJob, desc: Description) -> TimerFd | None:
         interval_ns=info.interval_ns,
         deadline_ns=deadline,
     )
+
+
+def timerfd_unchanged(check: Recheck, desc: Description, body: TimerFd) -> bool:
+    """See FileKind. One that runs, or has run out, is a matter of the last moment."""
+    return not body.remaining_ns and not body.ticks and not body.interval_ns
 
 
 def preflight_timerfd(job: PreflightJob, items: Sequence[Item[TimerFd]]) -> None:
@@ -122,4 +128,5 @@ KIND = FileKind(
     restore=restore_timerfd,
     preflight=preflight_timerfd,
     start=start_timerfd,
+    unchanged=timerfd_unchanged,
 )

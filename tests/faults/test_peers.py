@@ -94,7 +94,8 @@ PHASES = {
     "agent.rounds:RoundSender.send_round:after": FAILED,
     TRACER + "stop_all:before": FAILED,
     TRACER + "stop_all:after": FAILED,
-    "agent.source:dump_files:before": FAILED,
+    SOURCE + "_send_files:before": FAILED,
+    "agent.state.predump:PreDump.dump_change:before": FAILED,
     SOURCE + "_finish:before": FAILED,
 }
 """Points of agent-send at which the target is killed, and the exit status."""

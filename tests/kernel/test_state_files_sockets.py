@@ -14,7 +14,8 @@ import pytest
 
 from agent.errors import RefusedError
 from agent.kernel.pidfd import pidfd_getfd
-from agent.state.files import FileRestorer, preflight_files
+from agent.state.filerestore import FileRestorer
+from agent.state.files import preflight_files
 from agent.state.inetsk import reset_connections
 from agent.types import Pid
 from protocol.state.inetsk import InetState

@@ -40,16 +40,16 @@ LINK_OF_LINE = {
 class Facts:
     """One number as it was seen: ``raw`` is its fdinfo, ``link`` and ``info`` are as in Description.
 
-    ``key`` is what two numbers of one description have in common.
+    ``key`` stands for what two numbers of one description have in common, among the looks of one reader.
     """
 
     raw: bytes
     link: str
     fdinfo: FdInfo
     info: os.stat_result | None
-    key: Key
+    key: int
     told_by_raw: bool
-    """Whether the same text of fdinfo means the same link."""
+    """Whether the same text of fdinfo means the same link; not for paths."""
     told_by_path: bool = False
     """Whether somebody else makes sure that ``info`` still holds, as long as the link is the same."""
 
@@ -71,6 +71,7 @@ class TableReader:
         self._kept: dict[int, int] = {}
         """The agent's descriptors of fdinfo files, by number of the target."""
         self._parsed: dict[bytes, FdInfo] = {}
+        self._keys: dict[Key, int] = {}
         self._files = contextlib.ExitStack()
         self._links = self._open_folder("fd")
         self._infos = self._open_folder("fdinfo")
@@ -95,7 +96,7 @@ class TableReader:
             # Since Linux kernel commit f1f1f2569901 ("proc: report open files as size in stat() for /proc/pid/fd") (in
             # v6.2). As many as before: the same ones, if all of those are still there.
             with contextlib.suppress(FileNotFoundError):
-                return {fd: self._see_again(fd, facts) for fd, facts in known.items()}
+                return self._look_again(known)
         table = {}
         names = os.listdir(self._links)
         self._keep = self._keep and make_room(len(names) + 64)
@@ -106,20 +107,31 @@ class TableReader:
                 table[fd] = self._see(fd) if old is None else self._see_again(fd, old)
         return table
 
+    def _look_again(self, known: Mapping[int, Facts]) -> dict[int, Facts]:
+        # The hot loop of the freeze: mostly one call for each number.
+        kept, pread = self._kept, os.pread
+        table = {}
+        for fd, old in known.items():
+            file = kept.get(fd, -1)
+            if (
+                file >= 0
+                and pread(file, FDINFO_BYTES, 0) == old.raw
+                and (old.told_by_raw or self._is_at(fd, old))
+            ):
+                table[fd] = old
+            else:
+                table[fd] = self._see_again(fd, old)
+        return table
+
     def _see_again(self, fd: int, old: Facts) -> Facts:
-        kept = self._kept.get(fd)
-        if kept is None:
-            return self._see(fd)
-        raw = os.pread(kept, FDINFO_BYTES, 0)
-        if len(raw) >= FDINFO_BYTES // 2:
-            raw += b"".join(_rest(kept, len(raw)))
-        if (
-            raw == old.raw
-            and (old.told_by_raw or os.readlink(str(fd), dir_fd=self._links) == old.link)
-            and (old.told_by_path or old.info is None or _same_file(self._stat(fd), old.info))
-        ):
+        if self._read(fd) == old.raw and (old.told_by_raw or self._is_at(fd, old)):
             return old
         return self._see(fd)
+
+    def _is_at(self, fd: int, old: Facts) -> bool:
+        return os.readlink(str(fd), dir_fd=self._links) == old.link and (
+            old.info is None or old.told_by_path or _same_file(self._stat(fd), old.info)
+        )
 
     def _see(self, fd: int) -> Facts:
         name = str(fd)
@@ -129,7 +141,8 @@ class TableReader:
         text = self._parsed.get(raw)
         if text is None:
             text = self._parsed[raw] = parse_fdinfo(raw)
-        return Facts(raw, link, text, info, _group_key(link, text, info), _is_told(link, text))
+        key = self._keys.setdefault(_group_key(link, text, info), len(self._keys))
+        return Facts(raw, link, text, info, key, _is_told(link, text))
 
     def _stat(self, fd: int) -> os.stat_result:
         return os.stat(str(fd), dir_fd=self._links)
@@ -175,22 +188,22 @@ def _group_key(link: str, text: FdInfo, info: os.stat_result | None) -> Key:
     # What two numbers of one description must have in common; only within a group does kcmp(2) have
     # to tell.
     if link.startswith("socket:"):
-        return ("socket", link)  # A socket has one description and cannot be opened again.
+        return (link,)  # A socket has one description and cannot be opened again.
     rest = tuple(line for line in text.lines if line[0] != "flags")
     place = (info.st_dev, info.st_ino) if info is not None else ()
-    return ("other", link, text.flags & ~O_CLOEXEC, rest, *place)
+    return (link, text.flags & ~O_CLOEXEC, rest, *place)
 
 
 def group(ctx: DumpContext, table: Mapping[int, Facts]) -> list[list[int]]:
     """Return the numbers of each description, all sorted."""
-    groups: dict[Key, list[int]] = {}
+    groups: dict[int, list[int]] = {}
     for fd, facts in table.items():
         groups.setdefault(facts.key, []).append(fd)
     shared: list[list[int]] = []
-    for key, fds in groups.items():
+    for fds in groups.values():
         if len(fds) == 1:
             shared.append(fds)
-        elif key[0] == "socket":
+        elif table[fds[0]].link.startswith("socket:"):
             shared.append(sorted(fds))
         else:
             shared.extend(_split_by_identity(ctx, fds))

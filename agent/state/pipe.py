@@ -77,22 +77,17 @@ def pipe_unchanged(check: Recheck, desc: Description, body: PipeEnd) -> bool:
 
 def _is_as_before(check: Recheck, link: str, body: PipeEnd) -> bool:
     ends = check.now.by_link()[link]
+    ids = {end.id for end in ends}
+    if ids != {end.id for end in check.before.by_link()[link]} or not ids <= check.candidates.keys():
+        return False
+    if not any(end.readable for end in ends) or not any(end.writable for end in ends):
+        return False  # Where the other end is takes a closer look.
+    fds = [check.now.fetch(end) for end in ends]
+    # The capacity was read from the running target by its number, which may have been another pipe's just then.
     return (
-        {end.id for end in ends} == {end.id for end in check.before.by_link()[link]}
-        and all(end.id in check.candidates for end in ends)
-        and any(end.readable for end in ends)
-        and any(end.writable for end in ends)
-        and all(_is_plain(check.now.fetch(end), body) for end in ends)
-    )
-
-
-def _is_plain(fd: int, body: PipeEnd) -> bool:
-    # Nothing in it, nobody gets its signals. Also checks what was read from the running target by its number: it may
-    # have been another file just then.
-    return (
-        fcntl.ioctl(fd, termios.FIONREAD, bytes(4)) == bytes(4)
-        and fcntl.fcntl(fd, F_GETPIPE_SZ) == body.capacity
-        and read_owner(fd) is None
+        fcntl.ioctl(fds[0], termios.FIONREAD, bytes(4)) == bytes(4)
+        and fcntl.fcntl(fds[0], F_GETPIPE_SZ) == body.capacity
+        and not any(map(read_owner, fds))
     )
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from agent.state.context import DumpContext
 from agent.state.fdtable import Facts, TableReader, describe, group
 from agent.state.files import dump_all, dump_one, own_clock_ns, require_carried
-from agent.state.openfile import O_ASYNC, Description, DumpJob, Recheck
+from agent.state.openfile import O_ASYNC, Description, DumpJob, Recheck, always_unchanged
 from agent.state.registry import FILE_KINDS
 from protocol.state.files import FdEntry, FilesChange, FilesState, OpenFile
 
@@ -92,11 +92,12 @@ class PreDump:
         """Find out which candidates are unchanged."""
         # An epoll is unchanged only if all that it watches is, other epolls included.
         last = []
-        for desc in check.candidates.values():
-            if self._files[desc.id][0].kind == "epoll":
+        for number, desc in check.candidates.items():
+            kind = self._files[number][0].kind
+            if kind == "epoll":
                 last.append(desc)
-            elif self._is_unchanged(check, desc):
-                check.kept[desc.id] = desc
+            elif FILE_KINDS[kind].unchanged is always_unchanged or self._is_unchanged(check, desc):
+                check.kept[number] = desc
         while last:
             found = [desc for desc in last if self._is_unchanged(check, desc)]
             if not found:
@@ -114,7 +115,8 @@ class PreDump:
         except OSError:
             return False  # Whatever it is, a full dump will tell.
         finally:
-            self._ctx.drop_fetched()
+            if self._ctx.fetched:
+                self._ctx.drop_fetched()
 
     # -- the second look: the target is frozen -----------------------------------------------------------------------
 
@@ -174,9 +176,11 @@ class PreDump:
         changed = []
         for desc in found:
             for fd in desc.fds:
-                earlier, cloexec = self._entries.get(fd), table[fd].cloexec
-                if earlier is None or earlier.file_id != desc.id or earlier.cloexec != cloexec:
-                    changed.append(FdEntry(fd=fd, file_id=desc.id, cloexec=cloexec))
+                earlier, facts = self._entries.get(fd), table[fd]
+                if earlier is not None and earlier.file_id == desc.id:
+                    if facts is self._table[fd] or earlier.cloexec == facts.cloexec:
+                        continue
+                changed.append(FdEntry(fd=fd, file_id=desc.id, cloexec=facts.cloexec))
         changed.sort(key=lambda entry: entry.fd)
         return tuple(changed)
 

@@ -88,7 +88,7 @@ class TableReader:
             os.close(self._kept.popitem()[1])
 
     def look(self, known: Mapping[int, Facts] | None = None) -> dict[int, Facts]:
-        """Return all numbers; what has not changed since ``known`` is the very same object.
+        """Return all numbers; what has not changed since ``known`` is the very same object, with its ``info`` of then.
 
         Numbers that a running target closes meanwhile may be missing.
         """
@@ -130,13 +130,13 @@ class TableReader:
 
     def _is_at(self, fd: int, old: Facts) -> bool:
         return os.readlink(str(fd), dir_fd=self._links) == old.link and (
-            old.info is None or old.told_by_path or _same_file(self._stat(fd), old.info)
+            old.info is None or old.told_by_path or _same_file(self.stat(fd), old.info)
         )
 
     def _see(self, fd: int) -> Facts:
         name = str(fd)
         link = os.readlink(name, dir_fd=self._links)
-        info = self._stat(fd) if link[0] == "/" else None
+        info = self.stat(fd) if link[0] == "/" else None
         raw = self._read(fd)
         text = self._parsed.get(raw)
         if text is None:
@@ -144,7 +144,8 @@ class TableReader:
         key = self._keys.setdefault(_group_key(link, text, info), len(self._keys))
         return Facts(raw, link, text, info, key, _is_told(link, text))
 
-    def _stat(self, fd: int) -> os.stat_result:
+    def stat(self, fd: int) -> os.stat_result:
+        """Return the status of what has the number now; ``info`` of a look may be of an earlier one."""
         return os.stat(str(fd), dir_fd=self._links)
 
     def _read(self, fd: int) -> bytes:

@@ -18,6 +18,7 @@ import os
 import resource
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import replace
 from typing import Any
 
 from agent.errors import RestoreError, TransferError
@@ -25,7 +26,7 @@ from agent.kernel import syscalls as nr
 from agent.state import filelock
 from agent.state.context import RestoreContext
 from agent.state.fdtable import make_room
-from agent.state.files import decode_items
+from agent.state.files import decode_item, decode_items
 from agent.state.openfile import (
     F_SETOWN_EX,
     F_SETSIG,
@@ -53,18 +54,20 @@ class FileRestorer:
     """Makes the descriptions of one process and installs them in its skeleton.
 
     Call prepare() with what is sent ahead, if there is any, then open_all(), install() and, when everything else is
-    restored, start(); close() in any case.
+    restored, start(); close() in any case. What was made ahead costs nothing in the end, unless it has changed.
     """
 
     def __init__(self, ctx: RestoreContext) -> None:
         self._job = RestoreJob(ctx)
-        self._sent_ahead: FilesState | None = None
-        self._ahead: dict[int, Item[Any]] = {}
-        """What was made ahead and stands in the skeleton, by file id."""
+        self._table: dict[int, FdEntry] | None = None
+        """The table as the source has told it; None before it has."""
         self._standing: dict[int, FdEntry] = {}
         """The table of the skeleton as it is."""
-        self._state = FilesState(fds=(), files=())
-        self._items: dict[str, list[Item[Any]]] = {}
+        self._touched: set[int] = set()
+        """Numbers at which the two may differ."""
+        self._ahead: set[int] = set()
+        """File ids of what was made ahead."""
+        self._late: dict[str, list[Item[Any]]] = {}
         """What is made in the end, by kind."""
 
     # -- ahead: the source runs --------------------------------------------------------------------------------------
@@ -74,30 +77,41 @@ class FileRestorer:
 
         :raises InjectError: a call in the skeleton fails.
         """
-        self._sent_ahead = state
-        self._ahead.clear()
-        self._standing.clear()
+        items = self._begin(state)
         _make_room(len(state.files))
-        items = decode_items(state)
         job = self._job
-        job.items = {item.id: item for found in items.values() for item in found}
         for name, kind in FILE_KINDS.items():
             if kind.unchanged is not None and name in items:
                 self._try_to_make(kind, items[name])
         # A number that the skeleton needs is an error in the end, if the process still has it open.
         self._drop(item for item in job.items.values() if not job.ctx.reserved_fds.isdisjoint(item.fds))
         self._drop_deaf_epolls(items.get("epoll", ()))
-        job.items = self._ahead = {number: item for number, item in job.items.items() if number in job.fds}
+        self._ahead = set(job.fds)
         made = {
             name: kept
             for name, found in items.items()
             if (kept := [item for item in found if item.id in self._ahead])
         }
+        whole = job.items
+        job.items = {item.id: item for found in made.values() for item in found}
         try:
             self._install({entry.fd: entry for entry in state.fds if entry.file_id in self._ahead}, made)
         finally:
             self._close_copies()
+            job.items = whole
         job.installed = {entry.file_id: fd for fd, entry in self._standing.items()}
+        self._touched = {entry.fd for entry in state.fds if entry.file_id not in self._ahead}
+
+    def _begin(self, state: FilesState) -> dict[str, list[Item[Any]]]:
+        """Begin with a whole table, of which nothing is made yet."""
+        items = decode_items(state)
+        self._job.items = {item.id: item for found in items.values() for item in found}
+        self._job.installed.clear()
+        self._ahead.clear()
+        self._standing.clear()
+        self._table = {entry.fd: entry for entry in state.fds}
+        self._touched = set(self._table)
+        return items
 
     def _try_to_make(self, kind: FileKind[Any], items: Sequence[Item[Any]]) -> None:
         job = self._job
@@ -137,44 +151,58 @@ class FileRestorer:
         :raises RestoreError: when one cannot be made; close() lets go of the others.
         :raises TransferError: the source contradicts itself.
         """
-        state = self._state = self._whole(files)
-        _make_room(len(state.files) - len(self._ahead))
-        everything = decode_items(state, self._ahead)
+        if isinstance(files, FilesState):
+            self._begin(files)
+        else:
+            self._follow(files)
         job = self._job
-        job.items = {item.id: item for items in everything.values() for item in items}
-        self._items = {
-            name: late
-            for name, items in everything.items()
-            if (late := [item for item in items if item.id not in self._ahead])
-        }
+        self._late = {}
+        for number in sorted(job.items.keys() - self._ahead):
+            item = job.items[number]
+            self._late.setdefault(item.file.kind, []).append(item)
+        late = list(itertools.chain.from_iterable(self._late.values()))
+        _make_room(len(late))
         for name, kind in FILE_KINDS.items():
-            late = self._items.get(name, [])
-            if late:
+            items = self._late.get(name, [])
+            if items:
                 try:
-                    kind.restore(job, late)
+                    kind.restore(job, items)
                 except OSError as err:
                     raise RestoreError(
-                        f"Cannot restore {late[0]}"
-                        f"{' or others' if len(late) > 1 else ''}: {name}: {err}"
+                        f"Cannot restore {items[0]}"
+                        f"{' or others' if len(items) > 1 else ''}: {name}: {err}"
                     ) from err
-        for item in self._late():
+        for item in late:
             filelock.restore_locks(item, job.fds[item.id])
 
-    def _whole(self, files: FilesState | FilesChange) -> FilesState:
-        if isinstance(files, FilesState):
-            self._ahead.clear()
-            self._standing.clear()
-            self._job.installed.clear()
-            return files
-        if self._sent_ahead is None:
+    def _follow(self, change: FilesChange) -> None:
+        """Make the table and the items what they are after a change; costs as much as has changed."""
+        if self._table is None:
             raise TransferError("The source tells how its files have changed, but never sent them")
-        try:
-            return files.apply(self._sent_ahead)
-        except ValueError as err:
-            raise TransferError(f"The source's open files make no sense: {err}") from err
-
-    def _late(self) -> Iterable[Item[Any]]:
-        return itertools.chain.from_iterable(self._items.values())
+        items = self._job.items
+        numbers = {file.id: set[int]() for file in change.files}
+        if not numbers.keys().isdisjoint(items):
+            raise TransferError(f"The source uses file ids {sorted(numbers.keys() & items.keys())} twice")
+        for fd in (*change.closed, *(entry.fd for entry in change.fds)):
+            entry = self._table.pop(fd, None)
+            if entry is not None:
+                numbers.setdefault(entry.file_id, set(items[entry.file_id].fds)).discard(fd)
+            self._touched.add(fd)
+        for entry in change.fds:
+            known = items.get(entry.file_id)
+            if entry.file_id not in numbers and known is None:
+                raise TransferError(f"The source did not send the file of fd {entry.fd}")
+            numbers.setdefault(entry.file_id, set(known.fds if known else ())).add(entry.fd)
+            self._table[entry.fd] = entry
+        new = {file.id: file for file in change.files}
+        for file_id, fds in numbers.items():
+            if not fds:
+                items.pop(file_id, None)
+                self._ahead.discard(file_id)
+            elif file_id in new:
+                items[file_id] = decode_item(new[file_id], tuple(sorted(fds)))
+            else:
+                items[file_id] = replace(items[file_id], fds=tuple(sorted(fds)))
 
     def install(self) -> None:
         """Put everything into the skeleton's table under the exact numbers; other numbers are closed.
@@ -182,10 +210,11 @@ class FileRestorer:
         :raises RestoreError: when a number cannot be had.
         :raises InjectError: when a call in the skeleton fails.
         """
-        self._install({entry.fd: entry for entry in self._state.fds}, self._items)
+        assert self._table is not None
+        self._install(self._table, self._late)
         # From here on nothing may be closed: that would drop the record locks of the process.
         last = Batch()
-        for item in self._late():
+        for item in itertools.chain.from_iterable(self._late.values()):
             filelock.add_posix_locks(item, last)
             _add_owner(item, last)
         self._run(last)
@@ -200,7 +229,8 @@ class FileRestorer:
         batch = Batch()
         if not self._standing:
             self._add_clearing(batch)
-        self._add_limit(batch, max(entries, default=-1))
+        if self._touched:
+            self._add_limit(batch, max(self._touched))
         taken = self._add_changes(batch, entries)
         for name, kind in FILE_KINDS.items():
             if kind.install is not None and name in items:
@@ -209,31 +239,40 @@ class FileRestorer:
         for slot, call in taken.items():
             if call.value != slot:
                 raise RestoreError(f"Cannot install files: fd {slot} of the skeleton was not free")
-        self._standing = dict(entries)
         while self._job.after:
             self._job.after.pop(0)()
 
     def _add_changes(self, batch: Batch, entries: Mapping[int, FdEntry]) -> dict[int, Call]:
-        """Add the calls that turn the table that stands into ``entries``.
+        """Add the calls that make the touched numbers of the table that stands as in ``entries``.
 
         Returns those that take a file, by the number that it comes to stand at first.
         """
-        job = self._job
-        staying = {
-            fd: entry
-            for fd, entry in self._standing.items()
-            if fd in entries and entries[fd].file_id == entry.file_id
-        }
-        homes = {entry.file_id: fd for fd, entry in staying.items()}
+        job, standing = self._job, self._standing
+        touched = sorted(self._touched)
+        closed = [
+            fd
+            for fd in touched
+            if fd in standing and (fd not in entries or entries[fd].file_id != standing[fd].file_id)
+        ]
+        homes: dict[int, int] = {}
         coming: dict[int, int] = {}
-        for fd in sorted(entries):
-            if entries[fd].file_id not in homes:
-                coming.setdefault(entries[fd].file_id, fd)
-        for file_id in coming:
-            job.agent_fd(file_id)  # Before its last number is closed.
-        _add_closing(batch, sorted(self._standing.keys() - staying.keys()))
-
-        free = _free_numbers(staying.keys() | job.ctx.reserved_fds | {job.ctx.agent_pidfd})
+        gone = set(closed)
+        for fd in touched:
+            entry = entries.get(fd)
+            if entry is None or entry.file_id in homes or entry.file_id in coming:
+                continue
+            home = next(
+                (n for n in job.items[entry.file_id].fds if n in standing and n not in gone), None
+            )
+            if home is not None:
+                homes[entry.file_id] = home
+            else:
+                coming[entry.file_id] = fd
+                job.agent_fd(entry.file_id)  # Before its last number is closed.
+        _add_closing(batch, closed)
+        before = {fd: standing.pop(fd) for fd in touched if fd in standing}
+        busy = (standing.keys() | before.keys() - gone) if coming else set()
+        free = _free_numbers(busy | job.ctx.reserved_fds | {job.ctx.agent_pidfd})
         taken: dict[int, Call] = {}
         for file_id, fd in coming.items():
             slot = next(free)
@@ -250,15 +289,19 @@ class FileRestorer:
             elif not entries[fd].cloexec:  # pidfd_getfd(2) sets it.
                 batch.call(nr.NR_fcntl, fd, fcntl.F_SETFD, 0, name="fcntl(F_SETFD)")
         homes.update(coming)
-        for fd, entry in entries.items():
-            stays = staying.get(fd)
-            if stays is not None:
-                if stays.cloexec != entry.cloexec:
+        for fd in touched:
+            entry = entries.get(fd)
+            if entry is None:
+                continue
+            standing[fd] = entry
+            if fd in before and fd not in gone:
+                if before[fd].cloexec != entry.cloexec:
                     flags = FD_CLOEXEC if entry.cloexec else 0
                     batch.call(nr.NR_fcntl, fd, fcntl.F_SETFD, flags, name="fcntl(F_SETFD)")
             elif fd != homes[entry.file_id]:
                 flags = O_CLOEXEC if entry.cloexec else 0
                 batch.call(nr.NR_dup3, homes[entry.file_id], fd, flags, name="dup3")
+        self._touched.clear()
         return taken
 
     def start(self, *, elapsed_ns: int = 0) -> None:
@@ -268,7 +311,7 @@ class FileRestorer:
         meanwhile.
         """
         self._job.elapsed_ns = elapsed_ns
-        for name, items in self._items.items():
+        for name, items in self._late.items():
             start = FILE_KINDS[name].start
             if start is not None:
                 start(self._job, items)
@@ -276,7 +319,7 @@ class FileRestorer:
 
     def last_calls(self, batch: Batch) -> None:
         """Add the calls that the process must make with its own credentials, in the batch that sets them."""
-        listen_calls(self._items.get("unix", ()), batch)
+        listen_calls(self._late.get("unix", ()), batch)
 
     def close(self) -> None:
         """Close the agent's copies. Safe to call twice.

@@ -13,8 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable
 from operator import attrgetter
 from typing import Any
 
@@ -141,6 +140,10 @@ def dump_one(job: DumpJob, desc: Description) -> tuple[OpenFile, Any] | None:
     except UnicodeEncodeError:
         job.refuse(desc, "file", f"{os.fsencode(desc.link)!r} is not UTF-8", "rename the file")
         return None
+    except ValueError:
+        if job.content:
+            raise
+        return None  # A running target put another file there between one look and the next.
     if kind is None or body is None or len(job.obstacles) > before:
         return None
     file = OpenFile(
@@ -163,10 +166,8 @@ def _dump_owner(job: DumpJob, desc: Description, kind: str) -> FileOwner | None:
     return read_owner(job.fetch(desc))
 
 
-def decode_items(
-    state: FilesState, known: Mapping[int, Item[Any]] | None = None
-) -> dict[str, list[Item[Any]]]:
-    """Decode the bodies, by kind; those ``known`` by their ids are decoded already.
+def decode_items(state: FilesState) -> dict[str, list[Item[Any]]]:
+    """Decode the bodies, by kind.
 
     :raises RemoteProtocolError: when one is malformed.
     :raises RestoreError: when a kind is unknown.
@@ -176,19 +177,16 @@ def decode_items(
         numbers.setdefault(entry.file_id, []).append(entry.fd)
     items: dict[str, list[Item[Any]]] = {}
     for file in state.files:
-        fds = tuple(numbers[file.id])
-        decoded = known.get(file.id) if known else None
-        if decoded is not None:
-            item = decoded if decoded.fds == fds else replace(decoded, fds=fds)
-            items.setdefault(file.kind, []).append(item)
-            continue
-        schema = FILE_BODIES.get(file.kind)
-        if schema is None:
-            raise RestoreError(
-                f"Cannot restore fd {numbers[file.id][0]}: unknown kind of file {file.kind!r}"
-            )
-        items.setdefault(file.kind, []).append(Item(file, codec.decode(schema, file.body), fds))
+        items.setdefault(file.kind, []).append(decode_item(file, tuple(numbers[file.id])))
     return items
+
+
+def decode_item(file: OpenFile, fds: tuple[int, ...]) -> Item[Any]:
+    """Decode one body; errors as decode_items()."""
+    schema = FILE_BODIES.get(file.kind)
+    if schema is None:
+        raise RestoreError(f"Cannot restore fd {fds[0]}: unknown kind of file {file.kind!r}")
+    return Item(file, codec.decode(schema, file.body), fds)
 
 
 def preflight_files(state: FilesState, options: RestoreOptions) -> list[Obstacle]:

@@ -139,10 +139,8 @@ class PreDump:
             found.append(desc)
         check = Recheck(self._job, DumpJob(ctx, found, content=True), candidates)
         kept = self._check(check)
-        found = [
-            desc if desc.id in kept or desc.id not in candidates else replace(desc, id=self._new_id())
-            for desc in found
-        ]
+        # Ids are in the order of the numbers, as in a whole dump.
+        found = [desc if desc.id in kept else self._renew(desc) for desc in found]
         job = DumpJob(ctx, found, content=True)
         files = dump_all(job, [desc for desc in found if desc.id not in kept])
         require_carried(job)
@@ -152,6 +150,10 @@ class PreDump:
             files=files,
             clock_monotonic_ns=clock_ns,
         )
+
+    def _renew(self, desc: Description) -> Description:
+        info = self._reader.stat(desc.fd) if desc.info is not None else None
+        return replace(desc, id=self._new_id(), info=info)
 
     def _new_id(self) -> int:
         self._next_id += 1

@@ -14,6 +14,7 @@ that. An image may have either.
 from __future__ import annotations
 
 import enum
+import itertools
 from dataclasses import dataclass
 
 from protocol.state import register
@@ -153,23 +154,16 @@ class FilesChange:
     files: tuple[OpenFile, ...] = ()
     clock_monotonic_ns: int = 0
 
-    def apply(self, earlier: FilesState) -> FilesState:
-        """Return the whole table.
-
-        :raises ValueError: it contradicts itself, or the earlier one.
-        """
-        entries = {entry.fd: entry for entry in earlier.fds}
-        for fd in self.closed:
-            if entries.pop(fd, None) is None:
-                raise ValueError(f"fd {fd} was closed, but never open")
-        entries.update((entry.fd, entry) for entry in self.fds)
-        named = {entry.file_id for entry in entries.values()}
-        kept = tuple(file for file in earlier.files if file.id in named)
-        return FilesState(
-            fds=tuple(entries[fd] for fd in sorted(entries)),
-            files=kept + self.files,
-            clock_monotonic_ns=self.clock_monotonic_ns,
-        )
+    def __post_init__(self) -> None:
+        for numbers in (self.closed, [entry.fd for entry in self.fds]):
+            if any(fd <= previous for previous, fd in itertools.pairwise(numbers)):
+                raise ValueError("numbers are not in order")
+        new = [file.id for file in self.files]
+        if len(set(new)) != len(new):
+            raise ValueError("a file id is used twice")
+        unnamed = set(new) - {entry.file_id for entry in self.fds}
+        if unnamed:
+            raise ValueError(f"no number names the files {sorted(unnamed)}")
 
 
 register("files", FilesState, version_id=1, minimum_version_id=1)

@@ -52,7 +52,7 @@ from agent.state.mirror import LayoutMirror
 from agent.state.mm import open_exe, restore_mm
 from agent.state.shmem import discard_shared, finish_shared, resize_shared, restore_shared
 from agent.state.task import TaskRestore, TaskState, clone_calls, host_tids
-from agent.state.vma import find_gap, special_mappings
+from agent.state.vma import find_gap, plain, special_mappings
 from agent.target.inject import Batch, Injector
 from agent.target.tracer import Tracer
 from agent.types import Pid, Tid
@@ -247,13 +247,10 @@ class Rebuild:
     def finish_memory(self, guards: GuardsState) -> None:
         """All pages and mappings are here: drop what is gone, then what must follow the last of them."""
         batch = Batch()
-        mapped = RangeSet.of(
-            (vma.start, vma.end)
-            for vma in self._mirror.layout.vmas
-            if vma.kind is not VmaKind.SPECIAL
-        )
-        for start, end in self._placer.take_absent(PROCESS_SPACE).intersect(mapped):
-            batch.call(nr.NR_madvise, start, end - start, MADV_DONTNEED, name="madvise(DONTNEED)")
+        if absent := self._placer.take_absent(PROCESS_SPACE):
+            mapped = RangeSet.of((vma.start, vma.end) for vma in plain(self._mirror.layout.vmas))
+            for start, end in absent.intersect(mapped):
+                batch.call(nr.NR_madvise, start, end - start, MADV_DONTNEED, name="madvise(DONTNEED)")
         self._mirror.finish(batch, zip(guards.ranges[0::2], guards.ranges[1::2], strict=True))
         self._task.process_calls(batch)
         with self._step("finish memory"):

@@ -48,6 +48,8 @@ class RoundSender:
         self._on_progress = on_progress
         self._described: dict[int, SharedObject] = {}
         self._maps_text = b""
+        self._object_entries: list[MapsEntry] = []
+        self._objects_text = b""
         self._flags: Mapping[int, frozenset[str]] = {}
         self._flags_text = b""
         self._sent_flags: Mapping[int, frozenset[str]] = self._flags
@@ -157,10 +159,12 @@ class RoundSender:
 
     def _send_objects(self, dirty: DirtySet) -> None:
         """Describe the shared objects that the destination does not know, or knows otherwise."""
+        if dirty.maps_text != self._objects_text:
+            self._object_entries = [entry for entry in dirty.maps if is_shared_object(entry)]
+            self._objects_text = dirty.maps_text
         mapped: dict[SharedKey, list[MapsEntry]] = {key: [] for key in dirty.shared}
-        for entry in dirty.maps:
-            if is_shared_object(entry):
-                mapped.setdefault(shared_key(entry), []).append(entry)
+        for entry in self._object_entries:
+            mapped.setdefault(shared_key(entry), []).append(entry)
         self._describe(mapped)
 
     def _describe(self, objects: Mapping[SharedKey, list[MapsEntry]]) -> None:

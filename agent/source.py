@@ -76,6 +76,10 @@ _log = logging.getLogger(__name__)
 
 FREEZE_ATTEMPTS = 5
 """How often a target that forks at the wrong moment is let go and frozen again."""
+CLOSING_ROUNDS = 4
+"""How many short rounds there may be right before the freeze."""
+FEW_PAGES = 64
+"""So many dirty pages cost a freeze next to nothing."""
 CHILDREN_WAIT_S = 10.0
 """How long a target that has just forked a helper (BGSAVE...) may keep it before the migration gives up."""
 
@@ -298,10 +302,23 @@ class _Migration:
             send_pre_dump(link, self.target)
         if self.options.max_rounds:
             self.pre_dump = send_pre_files(link, self.target)
-        if 0 < len(self.reports) < self.options.max_rounds:
-            # What was written during all that would be downtime.
+        if self.reports:
+            self._close_in(rounds, decision)
+
+    def _close_in(self, rounds: RoundSender, decision: Decision) -> None:
+        """Send what was written during all that, then what was during that, until it gets no less.
+
+        What is left is downtime. With next to nothing before it, a round is short, and finds as little as there can be.
+        """
+        before: int | None = None
+        for _ in range(CLOSING_ROUNDS):
+            if len(self.reports) >= self.options.max_rounds:
+                break
             report = rounds.send_round(len(self.reports), rounds.collect(final=False))
             self._note_round(report, replace(decision, reason="right before the freeze"))
+            if report.pages_dirty <= FEW_PAGES or before and report.pages_dirty > before / 2:
+                break
+            before = report.pages_dirty
 
     def _note_round(self, report: RoundReport, decision: Decision) -> None:
         report = replace(

@@ -9,8 +9,10 @@ PTEs") (in v6.7). Sources: include/uapi/linux/fs.h, Documentation/admin-guide/mm
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 from array import array
+from collections.abc import Iterable
 from ctypes import addressof, c_int, c_uint64, c_ulong, c_void_p, sizeof
 from types import TracebackType
 from typing import Final
@@ -147,25 +149,54 @@ class PagemapScanner:
             the caller must take all of [start, end) as written.
         :raises ProcessLookupError: the address space is gone (kernels may also find nothing instead).
         """
-        arg = self._arg
+        found, refused = self.scan_each(
+            ((start, end),),
+            flags=flags,
+            category_mask=category_mask,
+            category_inverted=category_inverted,
+            category_anyof_mask=category_anyof_mask,
+            return_mask=return_mask,
+        )
+        if refused:
+            raise os_error(errno.EPERM, "ioctl(PAGEMAP_SCAN)", self.pid, start, end)
+        return found
+
+    def scan_each(
+        self,
+        ranges: Iterable[tuple[int, int]],
+        *,
+        flags: int = 0,
+        category_mask: int = 0,
+        category_inverted: int = 0,
+        category_anyof_mask: int = 0,
+        return_mask: int,
+    ) -> tuple[array[int], list[tuple[int, int]]]:
+        """Scan several ranges, in order, with little between the system calls.
+
+        Returns what scan() does, and those of the ranges that it would raise PermissionError for.
+        """
+        arg, fd, address = self._arg, self.fd, self._address
         arg.flags = flags
-        arg.end = end
         arg.category_inverted = category_inverted
         arg.category_mask = category_mask
         arg.category_anyof_mask = category_anyof_mask
         arg.return_mask = return_mask
         found: array[int] = array("Q")
-        while start < end:
-            arg.start = start
-            arg.walk_end = 0
-            nr = _ioctl(self.fd, PAGEMAP_SCAN, self._address)
-            if nr < 0:
-                errno = ctypes.get_errno()
-                raise os_error(errno, "ioctl(PAGEMAP_SCAN)", self.pid, start, end)
-            if nr:
-                self._append(found, nr)
-            start = arg.walk_end
-        return found
+        refused: list[tuple[int, int]] = []
+        for start, end in ranges:
+            arg.end = end
+            while start < end:
+                arg.start = start
+                nr = _ioctl(fd, PAGEMAP_SCAN, address)
+                if nr < 0:
+                    if (err := ctypes.get_errno()) != errno.EPERM:
+                        raise os_error(err, "ioctl(PAGEMAP_SCAN)", self.pid, start, end)
+                    refused.append((start, end))
+                    break
+                if nr:
+                    self._append(found, nr)
+                start = arg.walk_end
+        return found, refused
 
     def _append(self, found: array[int], nr: int) -> None:
         nr_before = len(found)

@@ -53,6 +53,7 @@ from protocol.state.vma import BackingFile, LayoutState, VmaKind, VmaState
 MAX_TAKEN_FDS = 32
 """Descriptors that the skeleton has open at a time: many mappings show one file, and a limit may be low."""
 _RW = PROT_READ | PROT_WRITE
+_FINISHED_FLAGS = ADVICE_BY_FLAG.keys() | {"lo", "sl"}
 
 
 class Fate(enum.Enum):
@@ -183,6 +184,7 @@ class LayoutMirror:
         self._run = run
         self._memory_fd = memory_fd
         self._built: LayoutState = LayoutState(files=(), vmas=())
+        self._unfinished: list[VmaState] = []
 
     @property
     def layout(self) -> LayoutState:
@@ -199,6 +201,7 @@ class LayoutMirror:
         if plan.remade:
             kept.save(RangeSet.of(plan.remade))
         self._built = layout
+        self._unfinished = [vma for vma in plain(layout.vmas) if _needs_finish(vma)]
         batch = Batch()
         builder = _Builder(batch, layout.files, self._agent_pidfd, self._agent_fd, self._memory_fd)
         for start, end in plan.unmap:
@@ -239,7 +242,7 @@ class LayoutMirror:
 
     def finish(self, batch: Batch, guards: Iterable[tuple[int, int]]) -> None:
         """Add advice, names, guard pages, locks, memory policies and seals: all that must follow the last page."""
-        for vma in plain(self._built.vmas):
+        for vma in self._unfinished:
             length = vma.end - vma.start
             for flag in vma.flags:
                 advice = ADVICE_BY_FLAG.get(flag)
@@ -253,7 +256,7 @@ class LayoutMirror:
                 )
         for start, end in guards:
             batch.call(nr.NR_madvise, start, end - start, MADV_GUARD_INSTALL, name="madvise(GUARD_INSTALL)")
-        for vma in plain(self._built.vmas):
+        for vma in self._unfinished:
             length = vma.end - vma.start
             if "lo" in vma.flags:
                 how = MLOCK_ONFAULT if "lf" in vma.flags else 0
@@ -261,6 +264,11 @@ class LayoutMirror:
             policy_call(batch, vma)
             if "sl" in vma.flags:
                 batch.call(nr.NR_mseal, vma.start, length, 0, name="mseal")
+
+
+def _needs_finish(vma: VmaState) -> bool:
+    # Tens of thousands of mappings may have nothing of the sort, and finish() is downtime.
+    return bool(vma.name or vma.policy or not _FINISHED_FLAGS.isdisjoint(vma.flags))
 
 
 def find_torn(

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from array import array
 
 from agent.errors import DumpError, TargetGone
 from agent.kernel.pagemap import PAGE_IS_GUARD, PagemapScanner
 from agent.ranges import RangeSet
 from agent.tracker.base import DirtySet, SharedKey, TrackerStats
-from agent.tracker.regions import all_regions, windows
 from agent.tracker.registration import GONE, RegisteredMemory
 from agent.tracker.shared import SharedWatch
 
@@ -44,13 +42,16 @@ class BookedTracker(RegisteredMemory):
         self._shared_watch = SharedWatch(pid)
         self._suspect = RangeSet()  # a report was lost
         self._sent = RangeSet()
-        self._last_written = RangeSet()
 
     @abstractmethod
     def _pass(
         self, pages: RangeSet, absent: RangeSet, stored: dict[SharedKey, RangeSet], *, final: bool
     ) -> bool:
         """Look once and add what is dirty, gone, and stored to shared objects; False asks for another pass."""
+
+    @abstractmethod
+    def _guards(self) -> RangeSet:
+        """Return the guard pages of private mappings, after the last pass of a final round."""
 
     @property
     def shared_watch(self) -> SharedWatch:
@@ -113,18 +114,6 @@ class BookedTracker(RegisteredMemory):
             shared=shared,
             stats=self._stats,
         )
-
-    def _guards(self) -> RangeSet:
-        # Guard markers stay WRITTEN (step 3 leaves them out), so they are among what a fast scan returns.
-        found: array[int] = array("Q")
-        if self._knows_guards:
-            unpopulated = self._last_written.intersect(self._layout.private)
-            for start, end in RangeSet.of(windows(unpopulated)):
-                self._stats.nr_scans += 1
-                found += self._scanner.scan(
-                    start, end, category_mask=PAGE_IS_GUARD, return_mask=PAGE_IS_GUARD
-                )
-        return all_regions(found).intersect(self._layout.private)
 
     def _add_stored(self, dirty: RangeSet, stored: dict[SharedKey, RangeSet]) -> None:
         # Addresses in shared mappings -> offsets in their objects.

@@ -102,6 +102,7 @@ class LogTracker(BookedTracker):
         self._reader: Reader | None = None
         self._clean = RangeSet()
         self._named = RangeSet()  # by records since this pass began
+        self._last_written = RangeSet()
 
     @property
     def name(self) -> str:
@@ -224,6 +225,18 @@ class LogTracker(BookedTracker):
         unlogged = written.intersect(self._clean)
         self._stats.pages_unlogged += unlogged.nr_pages
         self._clean = self._clean.subtract(unlogged)
+
+    def _guards(self) -> RangeSet:
+        # Guard markers stay WRITTEN (they are never protected), so they are among what a fast scan returns.
+        found: array[int] = array("Q")
+        if self._knows_guards:
+            unpopulated = self._last_written.intersect(self._layout.private)
+            for start, end in RangeSet.of(windows(unpopulated)):
+                self._stats.nr_scans += 1
+                found += self._scanner.scan(
+                    start, end, category_mask=PAGE_IS_GUARD, return_mask=PAGE_IS_GUARD
+                )
+        return all_regions(found).intersect(self._layout.private)
 
     def _tid_words(self) -> RangeSet:
         words = RangeSet()

@@ -8,8 +8,8 @@ from array import array
 
 from agent.ranges import RangeSet
 
-WINDOW_GAP_BYTES = 160 * 4096
-"""Clean gap that a detailed scan walks rather than start another: a scan costs about 12 us all in all, a page 70 ns."""
+WINDOW_GAP_BYTES = 64 * 4096
+"""Clean gap that a detailed scan walks rather than start another: a scan costs about 4 us all in all, a page 70 ns."""
 
 
 def windows(ranges: RangeSet, gap: int = WINDOW_GAP_BYTES) -> list[tuple[int, int]]:

@@ -78,6 +78,10 @@ _POPULATED = PAGE_IS_PRESENT | PAGE_IS_SWAPPED
 class ScanTracker(BookedTracker):
     """Tracks one process by asynchronous write protection; `uffd_fd` as RegisteredMemory says."""
 
+    def __init__(self, pid: int, uffd_fd: int) -> None:
+        super().__init__(pid, uffd_fd)
+        self._final_guards = RangeSet()
+
     @property
     def name(self) -> str:
         return "scan"
@@ -94,12 +98,12 @@ class ScanTracker(BookedTracker):
         new = self._fresh.union(self._suspect)
         self._fresh, self._suspect = RangeSet(), RangeSet()
         written, complete = self._written()
-        self._last_written = written
         settled &= complete
+        self._final_guards = RangeSet()
         for part, of_file in ((layout.anonymous, False), (layout.private_file, True)):
             for again, ranges in ((False, new.intersect(part)), (True, written.intersect(part))):
                 if ranges:
-                    dirty, complete = self._take(ranges, part, of_file=of_file, written=again)
+                    dirty, complete = self._take(ranges, part, of_file=of_file, written=again, final=final)
                     settled &= complete
                     absent.update(ranges.subtract(dirty))
                     pages.update(dirty)
@@ -159,42 +163,41 @@ class ScanTracker(BookedTracker):
         return found
 
     def _take(
-        self, ranges: RangeSet, part: RangeSet, *, of_file: bool, written: bool
+        self, ranges: RangeSet, part: RangeSet, *, of_file: bool, written: bool, final: bool
     ) -> tuple[RangeSet, bool]:
-        # Step 3: report and protect the populated pages in windows around `ranges`, within `part`.
-        near = RangeSet.of(windows(ranges)).intersect(part)
+        # Step 3: report and protect the populated pages in windows around `ranges`, within `part`. In the final round,
+        # after which nobody asks again, nothing is protected, and guard pages, which must not be, are found on the way.
         guard = PAGE_IS_GUARD if self._knows_guards else 0
-        found: array[int] = array("Q")
-        settled = True
-        for start, end in near:
-            self._stats.nr_scans += 1
-            try:
-                found += self._scanner.scan(
-                    start,
-                    end,
-                    flags=PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC,
-                    category_mask=guard | (PAGE_IS_WRITTEN if written else 0),
-                    category_inverted=guard,
-                    category_anyof_mask=_POPULATED,
-                    return_mask=_POPULATED | (PAGE_IS_FILE if of_file else 0),
-                )
-            except PermissionError:
-                self._suspect.add(start, end)
-                settled = False  # the next fast scan meets the same mapping and finds out which
-        return select(found, 0, PAGE_IS_FILE) if of_file else all_regions(found), settled
+        left_out = 0 if final else guard
+        near = RangeSet.of(windows(ranges)).intersect(part)
+        self._stats.nr_scans += len(near)
+        found, refused = self._scanner.scan_each(
+            near,
+            flags=PM_SCAN_CHECK_WPASYNC | (0 if final else PM_SCAN_WP_MATCHING),
+            category_mask=left_out | (PAGE_IS_WRITTEN if written else 0),
+            category_inverted=left_out,
+            category_anyof_mask=_POPULATED,
+            return_mask=_POPULATED | (PAGE_IS_FILE if of_file else 0) | (guard if final else 0),
+        )
+        for start, end in refused:  # the next fast scan meets the same mapping and finds out which
+            self._suspect.add(start, end)
+        if final and guard:
+            self._final_guards.update(select(found, guard, guard))
+        without = (PAGE_IS_FILE if of_file else 0) | (guard if final else 0)
+        dirty = select(found, 0, without) if without else all_regions(found)
+        return dirty, not refused
+
+    def _guards(self) -> RangeSet:
+        return self._final_guards.intersect(self._layout.private)
 
     def _check_copied(self, held: RangeSet, pages: RangeSet, absent: RangeSet) -> None:
         # Step 4. A marker cannot be told from a swapped-out copy: read it, which gives the visible content.
-        found: array[int] = array("Q")
         guard = PAGE_IS_GUARD if self._knows_guards else 0
-        for start, end in RangeSet.of(windows(held)).intersect(self._layout.private_file):
-            self._stats.nr_scans += 1
-            found += self._scanner.scan(
-                start,
-                end,
-                category_anyof_mask=_POPULATED,
-                return_mask=_POPULATED | PAGE_IS_FILE | guard,
-            )
+        near = RangeSet.of(windows(held)).intersect(self._layout.private_file)
+        self._stats.nr_scans += len(near)
+        found, _ = self._scanner.scan_each(
+            near, category_anyof_mask=_POPULATED, return_mask=_POPULATED | PAGE_IS_FILE | guard
+        )
         copied = select(found, PAGE_IS_PRESENT, PAGE_IS_PRESENT | PAGE_IS_FILE)
         marked = select(found, PAGE_IS_SWAPPED, _POPULATED | guard).intersect(held)
         pages.update(marked)
@@ -203,18 +206,16 @@ class ScanTracker(BookedTracker):
     def _lift_markers(self) -> None:
         # Where a protected page of a private file mapping is dropped, a marker stays. madvise(MADV_GUARD_INSTALL),
         # which drops pages, tries again until there is none: whoever calls it goes on with the next round.
-        for start, end in self._layout.private_file:
-            self._stats.nr_scans += 1
-            found = self._scanner.scan(
-                start,
-                end,
-                category_mask=PAGE_IS_SWAPPED | PAGE_IS_GUARD,
-                category_inverted=PAGE_IS_GUARD,
-                return_mask=PAGE_IS_SWAPPED,
-            )
-            for marked in all_regions(found):
-                with contextlib.suppress(OSError):  # changed just now
-                    uffd.writeprotect(self._uffd, marked.start, marked.nr_bytes, False)
+        self._stats.nr_scans += len(self._layout.private_file)
+        found, _ = self._scanner.scan_each(
+            self._layout.private_file,
+            category_mask=PAGE_IS_SWAPPED | PAGE_IS_GUARD,
+            category_inverted=PAGE_IS_GUARD,
+            return_mask=PAGE_IS_SWAPPED,
+        )
+        for marked in all_regions(found):
+            with contextlib.suppress(OSError):  # changed just now
+                uffd.writeprotect(self._uffd, marked.start, marked.nr_bytes, False)
 
     def _take_shared(self, written: RangeSet, stored: dict[SharedKey, RangeSet]) -> bool:
         # Step 5, the page table part: report and protect, unpopulated pages too (markers), since another mapping or

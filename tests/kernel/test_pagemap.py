@@ -70,6 +70,19 @@ def test_scan_goes_on_where_the_vector_was_full(vec_len: int) -> None:
         assert list(zip(starts, ends)) == [(0, 3), (9, 10), (20, 22), (40, 41), (63, 64)]
 
 
+def test_scan_of_several_ranges_names_those_that_it_must_not_answer_for() -> None:
+    with tracked_puppet() as tracked, PagemapScanner(tracked.child.pid) as scanner:
+        base, untracked = tracked.child.map(16), tracked.child.map(4)
+        for page in (0, 7, 12):
+            tracked.child.poke(base + page * PAGE)
+        tracked.child.poke(untracked)
+        tracked.register(base, 16)
+        ranges = [(base, base + 2 * PAGE), (untracked, untracked + PAGE), (base + 7 * PAGE, base + 13 * PAGE)]
+        found, refused = scanner.scan_each(ranges, flags=PM_SCAN_CHECK_WPASYNC, category_mask=P, return_mask=P)
+        assert [(start - base) // PAGE for start in found[0::3]] == [0, 7, 12]
+        assert refused == [ranges[1]]
+
+
 def test_empty_range_scans_to_nothing() -> None:
     with PagemapScanner(os.getpid()) as scanner:
         assert len(scanner.scan(PAGE, PAGE, return_mask=PAGE_IS_PRESENT)) == 0

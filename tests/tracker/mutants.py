@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -129,8 +129,10 @@ def _patched(**replacements: Any) -> Callable[[Any], Any]:
 
 class _Unchecked(PagemapScanner):
     # Untracked memory yields nothing instead of an error.
-    def scan(self, start: int, end: int, *, flags: int = 0, **masks: int) -> array[int]:
-        return super().scan(start, end, flags=flags & ~PM_SCAN_CHECK_WPASYNC, **masks)
+    def scan_each(
+        self, ranges: Iterable[tuple[int, int]], *, flags: int = 0, **masks: int
+    ) -> tuple[array[int], list[tuple[int, int]]]:
+        return super().scan_each(ranges, flags=flags & ~PM_SCAN_CHECK_WPASYNC, **masks)
 
 
 def _unregistered(tracker: ScanTracker) -> Tracker:
@@ -186,7 +188,7 @@ def _zero_page_is_clean(tracker: SoftDirtyTracker) -> Tracker:
     return tracker
 
 
-def _deaf(kind: str) -> Breaks:
+def _deaf(kind: str, nothing: Callable[[], Any] = RangeSet) -> Breaks:
     # The reader's records of one kind are lost.
     def breaks(tracker: LogTracker) -> Tracker:
         arm = tracker.arm
@@ -195,7 +197,7 @@ def _deaf(kind: str) -> Breaks:
             arm()
             reader: Any = tracker._reader
             take = reader.take
-            reader.take = lambda: replace(take(), **{kind: RangeSet()})
+            reader.take = lambda: replace(take(), **{kind: nothing()})
 
         tracker.arm = armed  # type: ignore[method-assign]
         return tracker
@@ -207,13 +209,16 @@ LOG_FAULTS: dict[str, Fault] = {
     "loses records of stores": Fault(_deaf("stored"), "nothing changed is nothing to send"),
     "loses records of drops": Fault(_deaf("dropped"), "change: dropped"),
     "loses records of unmapping and moves": Fault(_deaf("replaced"), "change: mapped again at the same place"),
+    "loses records of forks": Fault(_deaf("nr_forks", int), "forks are counted where there are events"),
     "ignores what was not delivered": Fault(
         _patched(forget=lambda ranges: None), "what could not be delivered comes again"
     ),
 }
 TRACKER_FAULTS: dict[str, dict[str, Fault]] = {
     "scan": {
-        "takes untracked memory for clean": Fault(_unregistered, "change: mapped over"),
+        "takes untracked memory for clean": Fault(
+            _unregistered, "what is mapped over is reported by the next round"
+        ),
         "leaves stale protection": Fault(
             _patched(_lift_stale=lambda new: None),
             "stores show after a move merged with a tracked neighbour",

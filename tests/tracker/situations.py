@@ -11,6 +11,7 @@ import pytest
 
 from agent.errors import TargetGone
 from agent.procfs.maps import read_maps
+from agent.tracker.log import LogTracker
 from tests.tracker.target import BASE, HUGE_BASE, PAGE, Target
 
 SITUATIONS: dict[str, Callable[[Target], None]] = {}
@@ -108,6 +109,16 @@ def stores_show_after_a_move_merged_with_a_tracked_neighbour(target: Target) -> 
     target.round()
     target.run("ctypes.memset(B + P, 9, 3 * P)")
     assert {1, 2, 3} <= set(target.round())
+    target.check()
+
+
+@situation
+def what_is_mapped_over_is_reported_by_the_next_round(target: Target) -> None:
+    target.run("ctypes.memset(B, 7, 16 * P)")
+    target.tracker.arm()
+    target.round()
+    target.run(CHANGES["mapped over"])
+    assert 1 in target.round()
     target.check()
 
 
@@ -293,6 +304,15 @@ def nothing_is_populated_by_looking(target: Target) -> None:
 def rss_pages(pid: int) -> int:
     with open(f"/proc/{pid}/statm") as statm:
         return int(statm.read().split()[1])
+
+
+@situation
+def forks_are_counted_where_there_are_events(target: Target) -> None:
+    target.tracker.arm()
+    target.round()
+    target.run("for i in range(3): c = os.fork() or os._exit(0); os.waitpid(c, 0)")
+    forks = target.check().stats.nr_forks
+    assert forks == (3 if isinstance(target.tracker, LogTracker) else 0)
 
 
 @situation

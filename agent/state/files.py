@@ -40,6 +40,9 @@ from protocol.state.files import FILE_BODIES, FdEntry, FileOwner, FilesState, Op
 OWNED_KINDS = frozenset({"pipe", "unix", "inet"})
 """Kinds whose owner matters without O_ASYNC (SIGURG), and which are fetched anyway."""
 
+CONFIRMATIONS = 4
+"""How often a look at a running target is repeated that found obstacles."""
+
 
 def check_files(ctx: DumpContext) -> list[Obstacle]:
     """Return every reason why the files of a running process cannot be carried, all at once."""
@@ -57,7 +60,6 @@ def dump_files(ctx: DumpContext, *, content: bool = True) -> FilesState:
     """
     job, state = _examine(ctx, content=content)
     require_carried(job)
-    assert state is not None
     return state
 
 
@@ -80,15 +82,26 @@ def has_direct_io(files: Iterable[OpenFile]) -> bool:
     return any(file.kind == "regular" and file.flags & O_DIRECT for file in files)
 
 
-def _examine(ctx: DumpContext, *, content: bool) -> tuple[DumpJob, FilesState | None]:
+def _examine(ctx: DumpContext, *, content: bool) -> tuple[DumpJob, FilesState]:
+    job, state = _look(ctx, content=content)
+    for _ in range(0 if content else CONFIRMATIONS):
+        if not job.obstacles:
+            break
+        # While the target runs, a number may change its meaning in the middle of a look: an obstacle shows every time.
+        seen = {(obstacle.kind, obstacle.what) for obstacle in job.obstacles}
+        job, state = _look(ctx, content=content)
+        job.obstacles = [o for o in job.obstacles if (o.kind, o.what) in seen]
+    return job, state
+
+
+def _look(ctx: DumpContext, *, content: bool) -> tuple[DumpJob, FilesState]:
+    ctx.forget_shared()
     with contextlib.closing(TableReader(ctx)) as reader:
         table = reader.look()
     descriptions = [describe(number, fds, table) for number, fds in enumerate(group(ctx, table), 1)]
     clock_ns = own_clock_ns(ctx)
     job = DumpJob(ctx, descriptions, content)
     files = dump_all(job, descriptions)
-    if job.obstacles:
-        return job, None
     dumped = {file.id for file in files}
     entries = [
         FdEntry(fd=fd, file_id=desc.id, cloexec=table[fd].cloexec)
@@ -111,8 +124,13 @@ def own_clock_ns(ctx: DumpContext) -> int:
 def dump_all(job: DumpJob, descriptions: Iterable[Description]) -> tuple[OpenFile, ...]:
     """Dump some descriptions of a job; what cannot be carried is among its obstacles."""
     job.ctx.drop_fetched()
+    found = []
     try:
-        found = [dump_one(job, desc) for desc in descriptions]
+        for desc in descriptions:
+            found.append(dump_one(job, desc))
+            if not job.content:
+                # A process that runs must not be left with copies for longer than a moment.
+                job.ctx.drop_fetched()
     finally:
         job.ctx.drop_fetched()
     return tuple(dumped[0] for dumped in found if dumped is not None)

@@ -27,7 +27,8 @@ def dump_memfd(job: DumpJob, desc: Description) -> MemFd | None:
     if desc.link.startswith("/secretmem"):
         job.refuse(desc, "memfd_secret", "its memory is hidden from everybody else")
         return None
-    return MemFd(object_id=job.ctx.shared_id(desc.info.st_dev, desc.info.st_ino, desc.fd))
+    info = desc.info
+    return MemFd(object_id=job.ctx.shared_id(info.st_dev, info.st_ino, desc.fd, desc.link))
 
 
 def memfd_unchanged(check: Recheck, desc: Description, body: MemFd) -> bool:

@@ -36,6 +36,7 @@ class PreDump:
         self._ctx = ctx
         self._files: dict[int, tuple[OpenFile, Any]] = {}
         self._reader = TableReader(ctx, keep=True)
+        ctx.forget_shared()
         try:
             self._table = self._reader.look()
             found = [
@@ -126,6 +127,7 @@ class PreDump:
         :raises RefusedError: when something cannot be carried.
         """
         ctx = self._ctx
+        ctx.forget_shared()
         table = self._reader.look(self._table)
         clock_ns = own_clock_ns(ctx)
         candidates: dict[int, Description] = {}

@@ -469,6 +469,21 @@ def test_a_look_in_the_middle_of_a_storm_is_put_right_in_the_end(tmp_path: Path)
     assert kept > 150 and agreed > 10
 
 
+def test_obstacles_of_a_table_in_motion_are_not_named(tmp_path: Path) -> None:
+    code = LATER.replace("{later}", "pass") + """
+file("a", 10)
+file("gone", 11); os.unlink("gone")
+os.rename(sys.argv[1] + ".tmp", sys.argv[1])
+while True:
+    for number in range(20, 60): event(number)
+    for number in range(20, 60): pipe(number, number + 100)
+    os.closerange(20, 160)
+"""
+    with live_child(tmp_path, code) as child:
+        for _turn in range(20):
+            assert {obstacle.what for obstacle in child.check()} == {"fd 11"}
+
+
 def test_many_unchanged_files_cost_one_look_each(tmp_path: Path) -> None:
     before = """
     import resource

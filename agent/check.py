@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 from types import TracebackType
 
 from agent.errors import SetupError, TargetGone
+from agent.hostfacts import require_machine
 from agent.options import SendOptions
 from agent.procfs.maps import MapsEntry, parse_maps, read_maps
 from agent.procfs.numa import read_policy_nodes
 from agent.procfs.smaps import read_vm_flags
 from agent.procfs.status import read_status
+from agent.report import Reporter
 from agent.spaces import FIRST_OBJECT_SPACE
 from agent.state.check_task import check_task
 from agent.state.context import DumpContext
@@ -103,6 +105,16 @@ class Target:
     ) -> None:
         self.ctx.drop_fetched()
         os.close(self.pidfd)
+
+
+def check(options: SendOptions, reporter: Reporter) -> int:
+    """Carry out one ``agent-send --check``; return the exit status.
+
+    :raises SetupError: there is no such process, or the agent may not look at it.
+    """
+    require_machine()
+    with open_target(options.pid, options) as target:
+        return reporter.checked(options.pid, find_obstacles(target))
 
 
 def open_target(pid: Pid, options: SendOptions) -> Target:

@@ -37,7 +37,6 @@ from agent.policy import Action, Decision, PolicyLimits, RoundStats, decide
 from agent.procfs.process import list_children
 from agent.procfs.stat import read_stat
 from agent.report import CompletedReport, PhaseClock, Reporter, RoundReport, downtime
-from agent.resolve import resolve
 from agent.rounds import RoundSender
 from agent.session_store import SessionStore
 from agent.snapshot import (
@@ -85,19 +84,15 @@ CHILDREN_WAIT_S = 10.0
 
 
 def send(options: SendOptions, reporter: Reporter) -> int:
-    """Carry out one ``agent-send``; return the exit status.
+    """Carry out one migration or checkpoint; return the exit status.
 
     :raises MigrationError: the migration failed (its exit code says how), the target is unharmed unless it
         is an UndecidedError.
     """
-    if options.resolve:
-        return resolve(options, reporter)
     require_machine()
     load_all()
     with open_target(options.pid, options) as target:
         obstacles = find_obstacles(target)
-        if options.check:
-            return reporter.checked(options.pid, obstacles)
         if obstacles:
             plural = "" if len(obstacles) == 1 else "s"
             raise RefusedError(

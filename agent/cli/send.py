@@ -1,6 +1,6 @@
 """``agent-send``: move a process, checkpoint it, check it, or resolve a session in doubt.
 
-Parses and checks; the work is agent.source.send().
+Parses and checks; the work is done by agent.source, agent.check and agent.resolve.
 """
 
 from __future__ import annotations
@@ -365,6 +365,15 @@ def _body(argv: Sequence[str], reporters: list[Reporter]) -> int:
     interrupts.install()
     if options.pid:
         check_pid(options.pid)
+    # Each imports only what it needs: that is most of the time that a check takes.
+    if options.resolve:
+        from agent.resolve import resolve
+
+        return resolve(options, reporter)
+    if options.check:
+        from agent.check import check
+
+        return check(options, reporter)
     from agent.source import send
 
     return send(options, reporter)

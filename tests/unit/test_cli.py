@@ -41,16 +41,17 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
 
 
 class FakeSource:
-    """Stands in for agent.source: records the options, ends as told."""
+    """Stands in for what does the work: records the options, ends as told."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.options: list[SendOptions | RecvOptions] = []
         self.outcome: BaseException | int = 0
-        source, destination = ModuleType("agent.source"), ModuleType("agent.destination")
-        source.send = self.carry_out  # type: ignore[attr-defined]
-        destination.receive = self.carry_out  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, "agent.source", source)
-        monkeypatch.setitem(sys.modules, "agent.destination", destination)
+        for name, function in {
+            "source": "send", "check": "check", "resolve": "resolve", "destination": "receive"
+        }.items():  # fmt: skip
+            module = ModuleType(f"agent.{name}")
+            setattr(module, function, self.carry_out)
+            monkeypatch.setitem(sys.modules, module.__name__, module)
         monkeypatch.setattr("agent.interrupts.install", lambda: None)
         monkeypatch.setattr("agent.log.set_up_logging", lambda **kw: None)
 
@@ -279,3 +280,9 @@ def test_closed_standard_fds_do_no_harm() -> None:
         ["sh", "-c", f"{sys.executable} -m agent.cli.send --check 0 <&- >&- 2>&-"], timeout=60
     )
     assert done.returncode == 2
+
+
+def test_a_check_does_not_wait_for_what_only_a_migration_needs() -> None:
+    program = "import sys, agent.check; print({'agent.source', 'agent.net', 'agent.pages'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from agent.state.openfile import (
     REOPEN_FLAGS,
+    Candidates,
     Description,
     DumpJob,
     FileKind,
@@ -31,9 +32,9 @@ def dump_memfd(job: DumpJob, desc: Description) -> MemFd | None:
     return MemFd(object_id=job.ctx.shared_id(info.st_dev, info.st_ino, desc.fd, desc.link))
 
 
-def memfd_unchanged(check: Recheck, desc: Description, body: MemFd) -> bool:
+def memfd_unchanged(check: Recheck, found: Candidates[MemFd]) -> list[int]:
     """See FileKind. Tells the context the number that the object has now."""
-    return dump_memfd(check.now, desc) == body
+    return [desc.id for desc, body in found if dump_memfd(check.now, desc) == body]
 
 
 def restore_memfd(job: RestoreJob, items: Sequence[Item[MemFd]]) -> None:

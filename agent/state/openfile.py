@@ -15,7 +15,7 @@ import logging
 import os
 import re
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -161,6 +161,9 @@ class DumpJob:
                 "carry it with --external fd[N], or start the process without it",
             )  # fmt: skip
         return bool(holders)
+
+
+Candidates = Sequence[tuple[Description, BodyT]]
 
 
 @dataclass(slots=True)
@@ -311,9 +314,9 @@ class FileKind(Generic[BodyT]):
     of the kind at once and puts a descriptor for each. ``install`` adds calls made inside the
     process when the whole table stands. ``start`` runs last, when everything else is done.
 
-    ``unchanged`` makes a kind one that is dumped while the target runs and made ahead. It says for a candidate whether
-    its body of then (the last argument) and no owner are what a dump would give now, when the same link and fdinfo are
-    not enough: in doubt it says no. Such a kind must be made, and given up again, without a trace.
+    ``unchanged`` makes a kind one that is dumped while the target runs and made ahead. Of candidates with their bodies
+    of then it tells, by id, for which the body, and no owner, are what a dump would give now, when the same link and
+    fdinfo are not enough to tell: in doubt none. Such a kind must be made, and given up again, without a trace.
     """
 
     name: str
@@ -322,12 +325,12 @@ class FileKind(Generic[BodyT]):
     preflight: Callable[[PreflightJob, Sequence[Item[BodyT]]], None] | None = None
     install: Callable[[RestoreJob, Sequence[Item[BodyT]], Batch], None] | None = None
     start: Callable[[RestoreJob, Sequence[Item[BodyT]]], None] | None = None
-    unchanged: Callable[[Recheck, Description, BodyT], bool] | None = None
+    unchanged: Callable[[Recheck, Candidates[BodyT]], Iterable[int]] | None = None
 
 
-def always_unchanged(check: Recheck, desc: Description, body: object) -> bool:
+def always_unchanged(check: Recheck, found: Candidates[Any]) -> Iterable[int]:
     """For kinds of which link and fdinfo tell everything."""
-    return True
+    return [desc.id for desc, _body in found]
 
 
 def set_status_flags(fd: int, flags: int) -> None:

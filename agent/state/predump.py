@@ -21,7 +21,7 @@ from typing import Any
 from agent.state.context import DumpContext
 from agent.state.fdtable import Facts, TableReader, describe, group
 from agent.state.files import dump_all, dump_one, own_clock_ns, require_carried
-from agent.state.openfile import O_ASYNC, Description, DumpJob, Recheck, always_unchanged
+from agent.state.openfile import O_ASYNC, Description, DumpJob, Recheck
 from agent.state.registry import FILE_KINDS
 from protocol.state.files import FdEntry, FilesChange, FilesState, OpenFile
 
@@ -91,33 +91,15 @@ class PreDump:
 
     def _check(self, check: Recheck) -> dict[int, Description]:
         """Find out which candidates are unchanged."""
-        # An epoll is unchanged only if all that it watches is, other epolls included.
-        last = []
+        by_kind: dict[str, list[tuple[Description, Any]]] = {}
         for number, desc in check.candidates.items():
-            kind = self._files[number][0].kind
-            if kind == "epoll":
-                last.append(desc)
-            elif FILE_KINDS[kind].unchanged is always_unchanged or self._is_unchanged(check, desc):
-                check.kept[number] = desc
-        while last:
-            found = [desc for desc in last if self._is_unchanged(check, desc)]
-            if not found:
-                break
-            check.kept.update((desc.id, desc) for desc in found)
-            last = [desc for desc in last if desc.id not in check.kept]
+            file, body = self._files[number]
+            by_kind.setdefault(file.kind, []).append((desc, body))
+        for name, kind in FILE_KINDS.items():  # Epolls after what they watch.
+            if kind.unchanged is not None and name in by_kind:
+                unchanged = kind.unchanged(check, by_kind[name])
+                check.kept.update((number, check.candidates[number]) for number in unchanged)
         return check.kept
-
-    def _is_unchanged(self, check: Recheck, desc: Description) -> bool:
-        file, body = self._files[desc.id]
-        unchanged = FILE_KINDS[file.kind].unchanged
-        assert unchanged is not None
-        try:
-            return unchanged(check, desc, body)
-        except OSError:
-            return False  # Whatever it is, a full dump will tell.
-        finally:
-            if self._ctx.fetched:
-                self._ctx.drop_fetched()
 
     # -- the second look: the target is frozen -----------------------------------------------------------------------
 

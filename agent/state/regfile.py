@@ -22,6 +22,7 @@ from agent.state.openfile import (
     O_NOFOLLOW,
     O_PATH,
     REOPEN_FLAGS,
+    Candidates,
     Description,
     DumpJob,
     FileKind,
@@ -93,15 +94,30 @@ def dump_regular(job: DumpJob, desc: Description) -> RegularFile | None:
     )
 
 
-def regular_unchanged(check: Recheck, desc: Description, body: RegularFile) -> bool:
+def regular_unchanged(check: Recheck, found: Candidates[RegularFile]) -> list[int]:
     """See FileKind. The path must still lead to the file, and the file be as it was described."""
+    start = _reach(check.now)
+    unchanged = []
+    for desc, body in found:
+        with contextlib.suppress(OSError):
+            # The files of /proc and /sys may do anything when they are opened; a symbolic link needs a closer look.
+            if not (body.pseudo or body.own_proc or stat.S_ISLNK(body.mode)):
+                if _is_as_described(os.stat(start + desc.link), desc, body):
+                    unchanged.append(desc.id)
+    return unchanged
+
+
+def _is_as_described(found: os.stat_result, desc: Description, body: RegularFile) -> bool:
     info = desc.info
-    # The files of /proc and /sys may do anything when they are opened; a symbolic link needs a closer look.
-    if info is None or body.pseudo or body.own_proc or stat.S_ISLNK(body.mode):
-        return False
-    found = os.stat(_reach(check.now) + desc.link)
-    return (found.st_dev, found.st_ino, found.st_mode) == (info.st_dev, info.st_ino, body.mode) and (
-        not stat.S_ISREG(body.mode) or (found.st_size, found.st_mtime_ns) == (body.size, body.mtime_ns)
+    return (
+        info is not None
+        and found.st_ino == info.st_ino
+        and found.st_dev == info.st_dev
+        and found.st_mode == body.mode
+        and (
+            not stat.S_ISREG(body.mode)
+            or (found.st_size == body.size and found.st_mtime_ns == body.mtime_ns)
+        )
     )
 
 

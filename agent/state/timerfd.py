@@ -19,6 +19,7 @@ from agent.kernel.libc import syscall
 from agent.kernel.syscalls import NR_timerfd_create, NR_timerfd_gettime, NR_timerfd_settime
 from agent.procfs import fdinfo
 from agent.state.openfile import (
+    Candidates,
     Description,
     DumpJob,
     FileKind,
@@ -72,9 +73,13 @@ def dump_timerfd(job: DumpJob, desc: Description) -> TimerFd | None:
     )
 
 
-def timerfd_unchanged(check: Recheck, desc: Description, body: TimerFd) -> bool:
+def timerfd_unchanged(check: Recheck, found: Candidates[TimerFd]) -> list[int]:
     """See FileKind. One that runs, or has run out, is a matter of the last moment."""
-    return not body.remaining_ns and not body.ticks and not body.interval_ns
+    return [
+        desc.id
+        for desc, body in found
+        if not body.remaining_ns and not body.ticks and not body.interval_ns
+    ]
 
 
 def preflight_timerfd(job: PreflightJob, items: Sequence[Item[TimerFd]]) -> None:

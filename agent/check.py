@@ -17,7 +17,6 @@ from agent.hostfacts import require_machine
 from agent.options import SendOptions
 from agent.procfs.maps import MapsEntry, parse_maps, read_maps
 from agent.procfs.numa import read_policy_nodes
-from agent.procfs.process import read_fd_link
 from agent.procfs.smaps import read_vm_flags
 from agent.procfs.status import read_status
 from agent.report import Reporter
@@ -46,7 +45,9 @@ class Target:
     options: SendOptions
     objects: dict[SharedKey, int] = field(default_factory=dict)
     open_objects: dict[SharedKey, int] = field(default_factory=dict)
-    """Shared memory objects seen in the descriptor table, with one of their numbers."""
+    """Shared memory objects seen by the last look at the descriptor table, with one of their numbers."""
+    open_paths: dict[SharedKey, str] = field(default_factory=dict)
+    """What the links of those seen so far showed."""
     policy_nodes: int | None = None
     """The NUMA nodes that memory policies of the target name (a bit mask); None while it was not seen to have any."""
     policies: Mapping[int, Policy] = field(default_factory=dict)
@@ -60,6 +61,7 @@ class Target:
             pidfd=self.pidfd,
             options=self.options,
             shared_id=self._open_object,
+            forget_shared=self.open_objects.clear,
         )
         self.layout = LayoutDumper(self.pid, self._mapped_object)
 
@@ -67,14 +69,15 @@ class Target:
         """Return the id of a shared memory object; the same one for as long as the migration lasts."""
         return self.objects.setdefault(key, FIRST_OBJECT_SPACE + len(self.objects))
 
-    def _open_object(self, dev: int, ino: int, target_fd: int) -> int:
+    def _open_object(self, dev: int, ino: int, target_fd: int, link: str) -> int:
         key = SharedKey(dev, ino)
         self.open_objects[key] = target_fd
+        self.open_paths[key] = link
         return self.object_id(key)
 
     def open_path(self, key: SharedKey) -> str:
-        """What the link of an open object's descriptor shows."""
-        return read_fd_link(self.pid, self.open_objects[key])
+        """What the link of an object's descriptor showed when it was last seen; it may be closed by now."""
+        return self.open_paths[key]
 
     def _mapped_object(self, entry: MapsEntry) -> int:
         return self.object_id(shared_key(entry))

@@ -297,6 +297,8 @@ class _Migration:
                 state = decode_section(message)
                 if state is not None:
                     rebuild.prepare_threads(state)
+            elif message.kind == "pre_files":
+                rebuild.prepare_files(decode_section(message))
             elif message.kind == "shmem":
                 for state in decode_section(message).objects:
                     rebuild.describe_object(state)
@@ -311,7 +313,7 @@ class _Migration:
         began_s = self.clock.elapsed_s
         while not isinstance(message := self._next(), StateEnd):
             self._take(rebuild, message)
-            if isinstance(message, StateSection) and message.kind == "files":
+            if isinstance(message, StateSection) and message.kind in ("files", "files_change"):
                 self.clock.add("restore: wait", began_s, self.clock.elapsed_s, frozen=True)
                 # Everything but memory is here: what can be made of it is made while that is still on its way.
                 rebuild.begin_task(self.sections)

@@ -3,7 +3,7 @@
     start            the skeleton, with the vdso where the target has it and nothing else mapped
     follow_layout    mappings as the source has them, again and again
     place            pages as they come
-    prepare_threads  the source is about to freeze: threads that will most likely be needed
+    prepare_threads, prepare_files  the source is about to freeze: what will most likely be needed
     begin_task       the source is frozen: what /proc shows, files, new threads; the last pages are on their way
     finish_memory    dropped pages, advice, locks, what is common to the threads
     finish_task      the insides of the threads; all stand at their final registers
@@ -46,7 +46,7 @@ from agent.state.clocks import (
     read_clocks,
 )
 from agent.state.context import RestoreContext
-from agent.state.files import FileRestorer
+from agent.state.filerestore import FileRestorer
 from agent.state.limits import raise_limits_calls
 from agent.state.mirror import LayoutMirror
 from agent.state.mm import open_exe, restore_mm
@@ -59,7 +59,7 @@ from agent.types import Pid, Tid
 from agent.warmup import make_ordinary, make_urgent
 from protocol.messages import Hello
 from protocol.pages import PageBatch, PageEncoding
-from protocol.state.files import FilesState
+from protocol.state.files import FilesChange, FilesState
 from protocol.state.guards import GuardsState
 from protocol.state.mm import MmState
 from protocol.state.plan import PlanState
@@ -105,6 +105,7 @@ class Rebuild:
         self._urgent: set[Tid] = set()
         """Those that run before ordinary ones, by their ids as the agent sees them."""
         self._open_files: dict[tuple[BackingFile, bool], int] = {}
+        self._restorer: FileRestorer | None = None
 
     @property
     def skeleton(self) -> Skeleton:
@@ -283,6 +284,14 @@ class Rebuild:
             # The leader still works for a target that runs.
             self._make_urgent({*self._host_tids.values()} - {Tid(self.pid)})
 
+    def prepare_files(self, state: FilesState) -> None:
+        """Make the open files that the source has now, as far as nobody notices.
+
+        :raises InjectError: a call in the skeleton fails.
+        """
+        with self._step("prepare files"):
+            self._file_restorer().prepare(state)
+
     def begin_task(self, sections: Mapping[str, Sequence[object]]) -> None:
         """Restore files and make the threads; pages and mappings may still come."""
         states = [state for kind in sections.values() for state in kind]
@@ -302,7 +311,10 @@ class Rebuild:
                 self.injector.run(batch)
             finally:
                 os.close(exe_fd)
-        self._restore_files(only(sections, "files", FilesState))
+        if "files_change" in sections:
+            self._restore_files(only(sections, "files_change", FilesChange))
+        else:
+            self._restore_files(only(sections, "files", FilesState))
         with self._step("make threads"):
             self._make_threads(self._task)
             self._make_urgent(self._host_tids.values())
@@ -324,22 +336,26 @@ class Rebuild:
         with self._step("registers"):
             self._finish_threads(self._task)
 
-    def _restore_files(self, files: FilesState) -> None:
-        context = RestoreContext(
-            pid=self.pid,
-            injector=self.injector,
-            options=self.options,
-            agent_pidfd=self.skeleton.agent_pidfd,
-            reserved_fds=frozenset({self.skeleton.agent_pidfd}),
-            shared_fd=self._object_fd,
-        )
+    def _file_restorer(self) -> FileRestorer:
+        if self._restorer is None:
+            context = RestoreContext(
+                pid=self.pid,
+                injector=self.injector,
+                options=self.options,
+                agent_pidfd=self.skeleton.agent_pidfd,
+                reserved_fds=frozenset({self.skeleton.agent_pidfd}),
+                shared_fd=self._object_fd,
+            )
+            self._restorer = FileRestorer(context)
+            self._cleanup.callback(self._restorer.close)
+        return self._restorer
+
+    def _restore_files(self, files: FilesState | FilesChange) -> None:
         self._files_ns = files.clock_monotonic_ns
-        self._restorer = FileRestorer(context)
-        self._cleanup.callback(self._restorer.close)
         with self._step("open files"):
-            self._restorer.open_all(files)
+            self._file_restorer().open_all(files)
         with self._step("install files"):
-            self._restorer.install(files)
+            self._file_restorer().install()
 
     def _make_threads(self, restore: TaskRestore) -> None:
         process = restore.state.process
@@ -393,13 +409,13 @@ class Rebuild:
                 self.injector.run_parallel(restore.thread_copies(self._host_tids))
         elapsed_ns = self._elapsed_ns(restore.state.process.clock_monotonic_ns)
         # The files were read a little later than the task.
-        self._restorer.start(elapsed_ns=self._elapsed_ns(self._files_ns))
+        self._file_restorer().start(elapsed_ns=self._elapsed_ns(self._files_ns))
         for object_id, state in self._objects.items():
             finish_shared(self._object_fds[object_id], state)
         last = Batch()
         last.call(nr.NR_prctl, PR_SET_PDEATHSIG, 0, name="prctl(PR_SET_PDEATHSIG)")
         restore.leader_calls(last, elapsed_ns=elapsed_ns)
-        self._restorer.last_calls(last)
+        self._file_restorer().last_calls(last)
         last.call(nr.NR_close, self.skeleton.agent_pidfd, name="close")
         with self._step("leader"):
             self.injector.run(last)

@@ -26,7 +26,7 @@ from agent.tracker.base import DirtySet, SharedKey, Tracker, Witness
 from agent.tracker.layout import is_shared_object, shared_key
 from protocol.messages import RoundPlaced
 from protocol.state import encode_section
-from protocol.state.files import FilesState
+from protocol.state.files import FilesChange, FilesState
 from protocol.state.shmem import SharedObject, SharedObjects
 
 
@@ -95,14 +95,15 @@ class RoundSender:
         self.watch_open_objects()
         return self._tracker.collect(final=final)
 
-    def send_files(self, files: FilesState) -> None:
+    def send_files(self, files: FilesState | FilesChange) -> None:
         """Send the final open files, and before them what the destination needs to make them.
 
         It starts on them as soon as they arrive, while the last round is on its way.
         """
         self.watch_open_objects()
         self._describe({key: [] for key in self._target.open_objects})
-        self._link.send(encode_section("files", self._target.ns_pid, files))
+        kind = "files_change" if isinstance(files, FilesChange) else "files"
+        self._link.send(encode_section(kind, self._target.ns_pid, files))
 
     def send_round(self, number: int, dirty: DirtySet, *, final: bool = False) -> RoundReport:
         """Send one round; the report says what it was and took.

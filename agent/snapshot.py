@@ -26,6 +26,7 @@ from agent.state.files import dump_files
 from agent.state.limits import dump_limits
 from agent.state.mempolicy import plan_policies
 from agent.state.mm import dump_mm, plan_brk
+from agent.state.predump import PreDump
 from agent.state.sched import bound_cpus
 from agent.state.task import TaskDump
 from agent.target.inject import Batch, Injector
@@ -90,6 +91,17 @@ def send_pre_dump(link: Link, target: Target) -> None:
         boottime_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME) + shift.boottime_ns,
     )
     link.send(encode_section("pre_dump", target.ns_pid, state))
+
+
+def send_pre_files(link: Link, target: Target) -> PreDump:
+    """Send the open files of the running target that the destination may make ahead; close() what comes back."""
+    files = PreDump(target.ctx)
+    try:
+        link.send(encode_section("pre_files", target.ns_pid, files.state))
+    except BaseException:
+        files.close()
+        raise
+    return files
 
 
 def _running_threads(pid: int) -> Iterator[Status]:

@@ -41,9 +41,16 @@ from agent.rehearsal import rehearse_dump
 from agent.report import CompletedReport, PhaseClock, Reporter, RoundReport, downtime
 from agent.rounds import RoundSender
 from agent.session_store import SessionStore
-from agent.snapshot import TaskSender, send_guards, send_plan, send_pre_dump
+from agent.snapshot import (
+    TaskSender,
+    send_guards,
+    send_plan,
+    send_pre_dump,
+    send_pre_files,
+)
 from agent.state.files import dump_files, has_direct_io
 from agent.state.inetsk import reset_connections
+from agent.state.predump import PreDump
 from agent.target.tracer import Tracer
 from agent.tracker.base import Tracker
 from agent.tracker.choose import REFERENCE, Choice, choose_tracker
@@ -145,6 +152,7 @@ class _Migration:
         self.limiter: BandwidthLimit | None = None
         self.link: Link | None = None
         self._made_ahead = contextlib.ExitStack()
+        self.pre_dump: PreDump | None = None
 
     def run(self) -> None:
         """Go through all phases."""
@@ -291,6 +299,9 @@ class _Migration:
         self._record(link)
         if not link.recorded:
             send_pre_dump(link, self.target)
+        if self.options.max_rounds:
+            self.pre_dump = send_pre_files(link, self.target)
+            self._made_ahead.callback(self.pre_dump.close)
         if self.reports:
             self._close_in(rounds, decision)
 
@@ -381,10 +392,9 @@ class _Migration:
     def _send_final(self, link: Link, rounds: RoundSender) -> None:
         with self._phase("files", frozen=True), link.gathered():
             # Before the last look at memory: it shows which objects are open.
-            files = dump_files(self.target.ctx)
-            rounds.send_files(files)
+            has_direct = self._send_files(rounds)
         digest = None
-        self.verify |= self.tracker.name != REFERENCE and has_direct_io(files)
+        self.verify |= self.tracker.name != REFERENCE and has_direct
         with link.gathered():
             with self._phase("last round", frozen=True):
                 dirty = rounds.collect(final=True)
@@ -394,6 +404,16 @@ class _Migration:
                 with self._phase("digest", frozen=True):
                     digest = digest_process(self.target.pid, dirty.maps)
             link.send(link.session.state_end(digest))
+
+    def _send_files(self, rounds: RoundSender) -> bool:
+        """Returns whether one is open with O_DIRECT."""
+        if self.pre_dump is None:
+            files = dump_files(self.target.ctx)
+            rounds.send_files(files)
+            return has_direct_io(files.files)
+        change = self.pre_dump.dump_change()
+        rounds.send_files(change)
+        return has_direct_io([*self.pre_dump.state.files, *change.files])
 
     def _finish(self, link: Link, tracer: Tracer, tracker: Tracker) -> CompletedReport:
         if link.recorded:

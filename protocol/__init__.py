@@ -25,12 +25,13 @@ Sequence
       |-- RoundEnd 0 (totals) -------------------------->|               PLACING
       |<------------------------------ RoundPlaced 0 ----|               ACTIVE
       |   ... rounds 1..n while the target runs ...      |
-      |-- StateSection "pre_dump" ---------------------->|               threads made ahead
+      |-- StateSection "pre_dump", "pre_files" --------->|               threads, files made ahead
       |   ... one more round, right before the freeze ...|
       |                                                  |
       |-- Switchover ----------------------------------->|               SWITCHOVER
       |   all threads stopped                            |
-      |-- StateSection * (the final ones, "files" last)->|               restore of all but memory
+      |-- StateSection * (the final ones) -------------->|
+      |-- StateSection "files" or "files_change" ------->|               restore of all but memory
       |-- RoundBegin n+1, batches, RoundEnd ------------>|               FINAL_ROUND, SWITCHOVER
       |-- StateEnd (nr_sections, digest) --------------->|               RESTORING
       |                                     restore      |

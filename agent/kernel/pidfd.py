@@ -5,8 +5,15 @@ Sources: pidfd_getfd(2), pidfd_send_signal(2).
 
 from __future__ import annotations
 
-from agent.kernel.libc import syscall
+from ctypes import c_long
+
+from agent.kernel.libc import check, libc, syscall
 from agent.kernel.syscalls import NR_pidfd_getfd, NR_pidfd_send_signal
+
+# Four arguments instead of seven: it is called for each of thousands of files while the target is frozen.
+_getfd = libc["syscall"]
+_getfd.argtypes = (c_long,) * 4
+_getfd.restype = c_long
 
 
 def pidfd_getfd(pidfd: int, fd: int) -> int:
@@ -16,7 +23,7 @@ def pidfd_getfd(pidfd: int, fd: int) -> int:
 
     :raises OSError: EBADF: no such fd; ESRCH: the target is gone; EPERM: no ptrace access.
     """
-    return syscall(NR_pidfd_getfd, pidfd, fd, 0)
+    return check(_getfd(NR_pidfd_getfd, pidfd, fd, 0), "pidfd_getfd", pidfd, fd)
 
 
 def pidfd_send_signal(pidfd: int, sig: int) -> None:

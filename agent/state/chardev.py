@@ -18,6 +18,7 @@ from agent.state.openfile import (
     Item,
     PreflightJob,
     RestoreJob,
+    always_unchanged,
 )
 from protocol.state.chardev import PORTABLE_DEVICES, CharDevice
 
@@ -80,5 +81,9 @@ def restore_chardev(job: RestoreJob, items: Sequence[Item[CharDevice]]) -> None:
 
 
 KIND = FileKind(
-    name="chardev", dump=dump_chardev, restore=restore_chardev, preflight=preflight_chardev
+    name="chardev",
+    dump=dump_chardev,
+    restore=restore_chardev,
+    preflight=preflight_chardev,
+    unchanged=always_unchanged,
 )

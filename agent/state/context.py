@@ -42,8 +42,12 @@ class RestoreOptions(Protocol):
     def inherit_fds(self) -> Mapping[int, int]: ...
 
 
-def _no_shared_id(dev: int, ino: int, fd: int) -> int:
+def _no_shared_id(dev: int, ino: int, fd: int, link: str) -> int:
     raise DumpError(f"Cannot dump shared memory object {dev}:{ino} of fd {fd}: nobody carries it")
+
+
+def _nothing_to_forget() -> None:
+    pass
 
 
 def _no_shared_fd(object_id: int) -> int:
@@ -54,14 +58,15 @@ def _no_shared_fd(object_id: int) -> int:
 class DumpContext:
     """One process on the source.
 
-    ``shared_id(st_dev, st_ino, target_fd)`` returns the id of a shared memory object, on the wire
-    above zero.
+    ``shared_id(st_dev, st_ino, target_fd, link)`` returns the id of a shared memory object that is open, on the wire
+    above zero. ``forget_shared()`` says that all that are open will be told anew.
     """
 
     pid: Pid
     pidfd: int
     options: DumpOptions
-    shared_id: Callable[[int, int, int], int] = _no_shared_id
+    shared_id: Callable[[int, int, int, str], int] = _no_shared_id
+    forget_shared: Callable[[], None] = _nothing_to_forget
     private_links: set[str] = field(default_factory=set)
     """Pipes and sockets that no other process was found to hold; not looked for a second time."""
     ranks: dict[int, int] = field(default_factory=dict)

@@ -18,13 +18,21 @@ from __future__ import annotations
 import fcntl
 import select
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from agent.kernel import syscalls as nr
 from agent.kernel.kcmp import kcmp_epoll_tfd
 from agent.procfs import fdinfo
 from agent.procfs.fdinfo import EpollTarget
-from agent.state.openfile import Description, DumpJob, FileKind, Item, RestoreJob
+from agent.state.openfile import (
+    Candidates,
+    Description,
+    DumpJob,
+    FileKind,
+    Item,
+    Recheck,
+    RestoreJob,
+)
 from agent.target.batch import Batch, Call
 from protocol.state.epoll import Epoll, EpollItem
 
@@ -81,6 +89,37 @@ def _candidates(job: DumpJob, target: EpollTarget) -> Iterator[Description]:
     for other in job.descriptions:
         if other is not likely and other.fdinfo.ino == target.ino:
             yield other
+
+
+def epoll_unchanged(check: Recheck, found: Candidates[Epoll]) -> Iterable[int]:
+    """See FileKind. Whatever it watches must be unchanged, and be the very same description as far as one can tell."""
+    kept = dict(check.kept)
+    last = list(found)
+    while last:
+        # Epolls watch each other.
+        unchanged = {desc.id: desc for desc, body in last if _watches_the_same(check, kept, desc, body)}
+        if not unchanged:
+            break
+        kept.update(unchanged)
+        last = [(desc, body) for desc, body in last if desc.id not in unchanged]
+    return kept.keys() - check.kept.keys()
+
+
+def _watches_the_same(
+    check: Recheck, kept: Mapping[int, Description], desc: Description, body: Epoll
+) -> bool:
+    pid = check.now.ctx.pid
+    nth: dict[int, int] = {}
+    for item in body.items:
+        offset = nth.get(item.fd, 0)
+        nth[item.fd] = offset + 1
+        watched = kept.get(item.file_id)
+        try:
+            if watched is None or kcmp_epoll_tfd(pid, pid, watched.fd, desc.fd, item.fd, offset) != 0:
+                return False
+        except OSError:
+            return False
+    return True
 
 
 def restore_epoll(job: RestoreJob, items: Sequence[Item[Epoll]]) -> None:
@@ -182,4 +221,10 @@ def _control(
     batch.call(nr.NR_close, spare, name="close")
 
 
-KIND = FileKind(name="epoll", dump=dump_epoll, restore=restore_epoll, install=install_epoll)
+KIND = FileKind(
+    name="epoll",
+    dump=dump_epoll,
+    restore=restore_epoll,
+    install=install_epoll,
+    unchanged=epoll_unchanged,
+)

@@ -17,6 +17,7 @@ from agent.state.openfile import (
     FileKind,
     Item,
     RestoreJob,
+    always_unchanged,
     set_status_flags,
 )
 from protocol.state.eventfd import EventFd
@@ -48,4 +49,6 @@ def restore_eventfd(job: RestoreJob, items: Sequence[Item[EventFd]]) -> None:
         set_status_flags(fd, item.file.flags)
 
 
-KIND = FileKind(name="eventfd", dump=dump_eventfd, restore=restore_eventfd)
+KIND = FileKind(
+    name="eventfd", dump=dump_eventfd, restore=restore_eventfd, unchanged=always_unchanged
+)

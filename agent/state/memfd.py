@@ -9,7 +9,16 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from agent.state.openfile import REOPEN_FLAGS, Description, DumpJob, FileKind, Item, RestoreJob
+from agent.state.openfile import (
+    REOPEN_FLAGS,
+    Candidates,
+    Description,
+    DumpJob,
+    FileKind,
+    Item,
+    Recheck,
+    RestoreJob,
+)
 from protocol.state.memfd import MemFd
 
 
@@ -19,7 +28,13 @@ def dump_memfd(job: DumpJob, desc: Description) -> MemFd | None:
     if desc.link.startswith("/secretmem"):
         job.refuse(desc, "memfd_secret", "its memory is hidden from everybody else")
         return None
-    return MemFd(object_id=job.ctx.shared_id(desc.info.st_dev, desc.info.st_ino, desc.fd))
+    info = desc.info
+    return MemFd(object_id=job.ctx.shared_id(info.st_dev, info.st_ino, desc.fd, desc.link))
+
+
+def memfd_unchanged(check: Recheck, found: Candidates[MemFd]) -> list[int]:
+    """See FileKind. Tells the context the number that the object has now."""
+    return [desc.id for desc, body in found if dump_memfd(check.now, desc) == body]
 
 
 def restore_memfd(job: RestoreJob, items: Sequence[Item[MemFd]]) -> None:
@@ -32,4 +47,6 @@ def restore_memfd(job: RestoreJob, items: Sequence[Item[MemFd]]) -> None:
             os.lseek(fd, item.file.pos, os.SEEK_SET)
 
 
-KIND = FileKind(name="memfd", dump=dump_memfd, restore=restore_memfd)
+KIND = FileKind(
+    name="memfd", dump=dump_memfd, restore=restore_memfd, unchanged=memfd_unchanged
+)

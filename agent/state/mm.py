@@ -84,8 +84,9 @@ def restore_mm(batch: Batch, state: MmState, *, agent_pidfd: int, exe_fd: int) -
     """Add the calls that set the memory descriptor; ``exe_fd`` is the agent's descriptor."""
     auxv = batch.data(state.auxv)
     taken = batch.call(nr.NR_pidfd_getfd, agent_pidfd, exe_fd, 0, name="pidfd_getfd(exe)")
-    # The structure needs the number before the call is made: one above all others is free for it.
-    number = agent_pidfd + 1
+    # The structure needs the number before the call is made. Where the files stand already, the first one comes right
+    # above all others.
+    number = agent_pidfd + 2
     batch.call(nr.NR_dup3, taken, number, os.O_CLOEXEC, name="dup3(exe)")
     batch.call(nr.NR_close, taken, name="close(exe)")
     fields = prctl_mm_map(

@@ -15,10 +15,11 @@ import logging
 import os
 import re
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from agent.kernel.pidfd import pidfd_getfd
 from agent.procfs.fdinfo import FdInfo
 from agent.procfs.status import read_status
 from agent.state.context import DumpContext, RestoreContext, RestoreOptions
@@ -162,6 +163,23 @@ class DumpJob:
         return bool(holders)
 
 
+Candidates = Sequence[tuple[Description, BodyT]]
+
+
+@dataclass(slots=True)
+class Recheck:
+    """A look at descriptions that were dumped ``before``, while the target ran; ``now`` may be the same look.
+
+    ``candidates`` have the same link, fdinfo and sharing as then; ``kept`` are those of them that were found to be
+    unchanged so far. Both by id; an id in ``now`` means what it meant then.
+    """
+
+    before: DumpJob
+    now: DumpJob
+    candidates: Mapping[int, Description]
+    kept: dict[int, Description] = field(default_factory=dict)
+
+
 def find_holders(ctx: DumpContext) -> dict[str, list[int]]:
     """Return, for each pipe, socket or path that other processes have open, who they are."""
     table: dict[str, list[int]] = {}
@@ -259,8 +277,25 @@ class RestoreJob:
     """Called once the injected calls of install() have run; may inject again."""
     replaced: list[tuple[str, str]] = field(default_factory=list)
     """Path nodes of the source's that were renamed to make room: (path, where it is now)."""
+    installed: dict[int, int] = field(default_factory=dict)
+    """What stands in the skeleton already, by file id, with one of its numbers there."""
     elapsed_ns: int = 0
     """How long ago the table was dumped, by the process's own clock."""
+
+    def agent_fd(self, file_id: int) -> int:
+        """Return the agent's descriptor of a file, which stays the job's.
+
+        :raises KeyError: there is no such file.
+        """
+        fd = self.fds.get(file_id)
+        if fd is None:
+            number = self.installed[file_id]
+            pidfd = os.pidfd_open(self.ctx.pid)
+            try:
+                fd = self.fds[file_id] = pidfd_getfd(pidfd, number)
+            finally:
+                os.close(pidfd)
+        return fd
 
     def put(self, item: Item[Any], fd: int) -> None:
         """Hand over the agent's descriptor of ``item``."""
@@ -278,6 +313,10 @@ class FileKind(Generic[BodyT]):
     ``dump`` returns the body, or None after it has recorded an obstacle. ``restore`` gets all items
     of the kind at once and puts a descriptor for each. ``install`` adds calls made inside the
     process when the whole table stands. ``start`` runs last, when everything else is done.
+
+    ``unchanged`` makes a kind one that is dumped while the target runs and made ahead. Of candidates with their bodies
+    of then it tells, by id, for which the body, and no owner, are what a dump would give now, when the same link and
+    fdinfo are not enough to tell: in doubt none. Such a kind must be made, and given up again, without a trace.
     """
 
     name: str
@@ -286,6 +325,12 @@ class FileKind(Generic[BodyT]):
     preflight: Callable[[PreflightJob, Sequence[Item[BodyT]]], None] | None = None
     install: Callable[[RestoreJob, Sequence[Item[BodyT]], Batch], None] | None = None
     start: Callable[[RestoreJob, Sequence[Item[BodyT]]], None] | None = None
+    unchanged: Callable[[Recheck, Candidates[BodyT]], Iterable[int]] | None = None
+
+
+def always_unchanged(check: Recheck, found: Candidates[Any]) -> Iterable[int]:
+    """For kinds of which link and fdinfo tell everything."""
+    return [desc.id for desc, _body in found]
 
 
 def set_status_flags(fd: int, flags: int) -> None:

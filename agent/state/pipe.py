@@ -13,19 +13,25 @@ import select
 import stat
 import struct
 import termios
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from agent.errors import DumpError, RestoreError
 from agent.kernel.libc import check, libc
+from agent.kernel.pidfd import pidfd_getfd
 from agent.state.openfile import (
+    F_GETOWN_EX,
+    F_GETSIG,
     O_DIRECT,
     REOPEN_FLAGS,
+    Candidates,
     Description,
     DumpJob,
     FileKind,
     Item,
     PreflightJob,
+    Recheck,
     RestoreJob,
+    read_owner,
     set_status_flags,
 )
 from agent.state.regfile import locate
@@ -34,6 +40,8 @@ from protocol.state.pipe import PipeEnd
 F_SETPIPE_SZ = 1031
 F_GETPIPE_SZ = 1032
 SPLICE_F_NONBLOCK = 0x02
+NO_OWNER = bytes(8)
+"""struct f_owner_ex of a file that nobody owns."""
 
 _tee = libc["tee"]
 
@@ -62,6 +70,60 @@ def dump_pipe(job: DumpJob, desc: Description) -> PipeEnd | None:
     return PipeEnd(
         pipe_id=desc.inode, capacity=fcntl.fcntl(fd, F_GETPIPE_SZ), path=path, chunks=chunks
     )
+
+
+def pipe_unchanged(recheck: Recheck, found: Candidates[PipeEnd]) -> Iterable[int]:
+    """See FileKind. An empty pipe with the same ends as before: only all of them together say that it is the same."""
+    before, now = _ends_by_link(recheck.before), _ends_by_link(recheck.now)
+    unchanged: set[int] = set()
+    for desc, body in found:
+        if body.path or desc is not now[desc.link][0]:
+            continue  # A FIFO has a name that others see; of a pipe one end speaks for all.
+        ends = now[desc.link]
+        ids = {end.id for end in ends}
+        if (
+            ids == {end.id for end in before[desc.link]}
+            and ids <= recheck.candidates.keys()
+            # Where an end is that is not here takes a closer look.
+            and any(end.readable for end in ends)
+            and any(end.writable for end in ends)
+            and _is_plain(recheck.now.ctx.pidfd, [end.fd for end in ends], body)
+        ):
+            unchanged |= ids
+    return unchanged
+
+
+def _ends_by_link(job: DumpJob) -> dict[str, list[Description]]:
+    table: dict[str, list[Description]] = {}
+    for desc in job.descriptions:
+        if desc.link.startswith("pipe:"):
+            table.setdefault(desc.link, []).append(desc)
+    return table
+
+
+def _is_plain(pidfd: int, numbers: Sequence[int], body: PipeEnd) -> bool:
+    """Tell whether a pipe has nothing in it, and its ends (the target's numbers) no owner."""
+    for number in numbers:
+        try:
+            fd = pidfd_getfd(pidfd, number)
+        except OSError:
+            return False
+        try:
+            # Nobody's is the same for all, as far as anybody knows; where it is not, the words are read one by one.
+            if fcntl.fcntl(fd, F_GETOWN_EX, NO_OWNER) != NO_OWNER or fcntl.fcntl(fd, F_GETSIG):
+                if read_owner(fd) is not None:
+                    return False
+            # The capacity was read from the running target by its number: another pipe's, perhaps, just then.
+            if number == numbers[0] and (
+                fcntl.ioctl(fd, termios.FIONREAD, bytes(4)) != bytes(4)
+                or fcntl.fcntl(fd, F_GETPIPE_SZ) != body.capacity
+            ):
+                return False
+        except OSError:
+            return False
+        finally:
+            os.close(fd)
+    return True
 
 
 def _ends_are_here(fd: int, desc: Description, ends: Sequence[Description]) -> bool:
@@ -221,4 +283,10 @@ def _fill(write_fd: int, ends: Sequence[Item[PipeEnd]]) -> None:
             raise RestoreError(f"Cannot restore {ends[0]}: {len(chunk)} bytes do not fit into the pipe")
 
 
-KIND = FileKind(name="pipe", dump=dump_pipe, restore=restore_pipe, preflight=preflight_pipe)
+KIND = FileKind(
+    name="pipe",
+    dump=dump_pipe,
+    restore=restore_pipe,
+    preflight=preflight_pipe,
+    unchanged=pipe_unchanged,
+)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from agent.errors import RestoreError
 from agent.procfs.process import read_root
@@ -22,11 +22,13 @@ from agent.state.openfile import (
     O_NOFOLLOW,
     O_PATH,
     REOPEN_FLAGS,
+    Candidates,
     Description,
     DumpJob,
     FileKind,
     Item,
     PreflightJob,
+    Recheck,
     RestoreJob,
 )
 from agent.state.paths import below_root, reach
@@ -46,10 +48,8 @@ def locate(job: DumpJob, desc: Description) -> str | None:
             "have the process close it, or carry it with --external fd[N]",
         )  # fmt: skip
         return None
-    if "reach" not in job.memo:
-        job.memo["reach"] = reach(job.ctx.pid)
     with contextlib.suppress(OSError):
-        path = job.memo["reach"] + desc.link
+        path = _reach(job) + desc.link
         found = os.stat(path, follow_symlinks=not stat.S_ISLNK(info.st_mode))
         if (found.st_dev, found.st_ino) == (info.st_dev, info.st_ino):
             return desc.link
@@ -59,6 +59,13 @@ def locate(job: DumpJob, desc: Description) -> str | None:
         "have the process open the file again",
     )  # fmt: skip
     return None
+
+
+def _reach(job: DumpJob) -> str:
+    if "reach" not in job.memo:
+        job.memo["reach"] = reach(job.ctx.pid)
+    path: str = job.memo["reach"]
+    return path
 
 
 def dump_regular(job: DumpJob, desc: Description) -> RegularFile | None:
@@ -87,6 +94,33 @@ def dump_regular(job: DumpJob, desc: Description) -> RegularFile | None:
     )
 
 
+def regular_unchanged(check: Recheck, found: Candidates[RegularFile]) -> list[int]:
+    """See FileKind. The path must still lead to the file, and the file be as it was described."""
+    start = _reach(check.now)
+    unchanged = []
+    for desc, body in found:
+        with contextlib.suppress(OSError):
+            # The files of /proc and /sys may do anything when they are opened; a symbolic link needs a closer look.
+            if not (body.pseudo or body.own_proc or stat.S_ISLNK(body.mode)):
+                if _is_as_described(os.stat(start + desc.link), desc, body):
+                    unchanged.append(desc.id)
+    return unchanged
+
+
+def _is_as_described(found: os.stat_result, desc: Description, body: RegularFile) -> bool:
+    info = desc.info
+    return (
+        info is not None
+        and found.st_ino == info.st_ino
+        and found.st_dev == info.st_dev
+        and found.st_mode == body.mode
+        and (
+            not stat.S_ISREG(body.mode)
+            or (found.st_size == body.size and found.st_mtime_ns == body.mtime_ns)
+        )
+    )
+
+
 def preflight_regular(job: PreflightJob, items: Sequence[Item[RegularFile]]) -> None:
     """Check that every file is there and is the same one."""
     written = _written_paths(items)
@@ -103,7 +137,7 @@ def preflight_regular(job: PreflightJob, items: Sequence[Item[RegularFile]]) -> 
             )  # fmt: skip
 
 
-def _written_paths(items: Sequence[Item[RegularFile]]) -> frozenset[str]:
+def _written_paths(items: Iterable[Item[RegularFile]]) -> frozenset[str]:
     # Paths that the process has open for writing, by this description or by another.
     return frozenset(item.body.path for item in items if item.file.flags & os.O_ACCMODE != os.O_RDONLY)
 
@@ -139,7 +173,8 @@ def restore_regular(job: RestoreJob, items: Sequence[Item[RegularFile]]) -> None
 
     :raises RestoreError: when one is missing or is not the same file.
     """
-    written = _written_paths(items)
+    # Those that were made ahead are not among ``items``.
+    written = _written_paths(item for item in job.items.values() if item.file.kind == "regular")
     for item in items:
         body = item.body
         if body.own_proc:
@@ -165,5 +200,9 @@ def restore_regular(job: RestoreJob, items: Sequence[Item[RegularFile]]) -> None
 
 
 KIND = FileKind(
-    name="regular", dump=dump_regular, restore=restore_regular, preflight=preflight_regular
+    name="regular",
+    dump=dump_regular,
+    restore=restore_regular,
+    preflight=preflight_regular,
+    unchanged=regular_unchanged,
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import socket
 import stat
@@ -136,14 +135,14 @@ def _kind_of_socket(job: DumpJob, desc: Description) -> str:
 
 
 def socket_identity(fd: int) -> tuple[int, int, int]:
-    """Return family, type and protocol of a socket given an agent descriptor."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=os.dup(fd))
-    try:
+    """Return family, type and protocol of a socket given an agent descriptor.
+
+    :raises OSError: it is none; the descriptor is left open in any case.
+    """
+    with inetsk.opened(fd, socket.AF_UNIX, socket.SOCK_STREAM, 0) as sock:
         words = [
             sock.getsockopt(socket.SOL_SOCKET, option, 4)
             for option in (socket.SO_DOMAIN, socket.SO_TYPE, socket.SO_PROTOCOL)
         ]
-    finally:
-        sock.close()
     family, kind, protocol = (struct.unpack("i", word)[0] for word in words)
     return family, kind, protocol

@@ -15,6 +15,7 @@ from agent.state.openfile import (
     FileKind,
     Item,
     RestoreJob,
+    always_unchanged,
     set_status_flags,
 )
 from protocol.state.signalfd import SignalFd
@@ -38,4 +39,6 @@ def restore_signalfd(job: RestoreJob, items: Sequence[Item[SignalFd]]) -> None:
         set_status_flags(fd, item.file.flags)
 
 
-KIND = FileKind(name="signalfd", dump=dump_signalfd, restore=restore_signalfd)
+KIND = FileKind(
+    name="signalfd", dump=dump_signalfd, restore=restore_signalfd, unchanged=always_unchanged
+)

@@ -19,11 +19,13 @@ from agent.kernel.libc import syscall
 from agent.kernel.syscalls import NR_timerfd_create, NR_timerfd_gettime, NR_timerfd_settime
 from agent.procfs import fdinfo
 from agent.state.openfile import (
+    Candidates,
     Description,
     DumpJob,
     FileKind,
     Item,
     PreflightJob,
+    Recheck,
     RestoreJob,
     set_status_flags,
 )
@@ -69,6 +71,15 @@ def dump_timerfd(job: DumpJob, desc: Description) -> TimerFd | None:
         interval_ns=info.interval_ns,
         deadline_ns=deadline,
     )
+
+
+def timerfd_unchanged(check: Recheck, found: Candidates[TimerFd]) -> list[int]:
+    """See FileKind. One that runs, or has run out, is a matter of the last moment."""
+    return [
+        desc.id
+        for desc, body in found
+        if not body.remaining_ns and not body.ticks and not body.interval_ns
+    ]
 
 
 def preflight_timerfd(job: PreflightJob, items: Sequence[Item[TimerFd]]) -> None:
@@ -122,4 +133,5 @@ KIND = FileKind(
     restore=restore_timerfd,
     preflight=preflight_timerfd,
     start=start_timerfd,
+    unchanged=timerfd_unchanged,
 )

@@ -346,10 +346,12 @@ class _Builder:
 
     def _agent_fd(self, item: UnixItem, file_id: int) -> int:
         sock = self.socks.get(file_id)
-        fd = sock.fileno() if sock is not None else self.job.fds.get(file_id)
-        if fd is None:
-            raise RestoreError(f"Cannot restore {item}: file {file_id} in its queue does not exist")
-        return fd
+        try:
+            return sock.fileno() if sock is not None else self.job.agent_fd(file_id)
+        except KeyError:
+            raise RestoreError(
+                f"Cannot restore {item}: file {file_id} in its queue does not exist"
+            ) from None
 
     def _sender(
         self, item: UnixItem, message: UnixMessage, stack: ExitStack

@@ -5,11 +5,16 @@ and the status flags. It is saved once, under an ``id`` that means something onl
 ``FilesState``; each number in the table names the description it points at. ``body`` is the encoded
 schema of the kind, one module of this package per kind (``FILE_BODIES``). Numbers and ids are the
 target's; nothing here touches a system.
+
+Three sections: "files" is the final table as a whole. Or there comes, right before the switchover and while the target
+runs, "pre_files", those descriptions that the destination may make ahead, and in the end "files_change", what became of
+that. An image may have either.
 """
 
 from __future__ import annotations
 
 import enum
+import itertools
 from dataclasses import dataclass
 
 from protocol.state import register
@@ -135,4 +140,32 @@ class FilesState:
             raise ValueError(f"fds and files disagree about file ids {sorted(named ^ ids)}")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FilesChange:
+    """A whole table, told by what became of an earlier one (section "pre_files").
+
+    ``closed``: numbers of the earlier table that are not in this one. ``fds``: entries that it did not have, or had
+    otherwise. ``files``: descriptions that it did not have; an id of the earlier table still means the very same
+    state, and a description that no number names any more is gone.
+    """
+
+    closed: tuple[int, ...] = ()
+    fds: tuple[FdEntry, ...] = ()
+    files: tuple[OpenFile, ...] = ()
+    clock_monotonic_ns: int = 0
+
+    def __post_init__(self) -> None:
+        for numbers in (self.closed, [entry.fd for entry in self.fds]):
+            if any(fd <= previous for previous, fd in itertools.pairwise(numbers)):
+                raise ValueError("numbers are not in order")
+        new = [file.id for file in self.files]
+        if len(set(new)) != len(new):
+            raise ValueError("a file id is used twice")
+        unnamed = set(new) - {entry.file_id for entry in self.fds}
+        if unnamed:
+            raise ValueError(f"no number names the files {sorted(unnamed)}")
+
+
 register("files", FilesState, version_id=1, minimum_version_id=1)
+register("files_change", FilesChange, version_id=1, minimum_version_id=1)
+register("pre_files", FilesState, version_id=1, minimum_version_id=1)

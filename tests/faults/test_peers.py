@@ -93,7 +93,8 @@ PHASES = {
     "agent.rounds:RoundSender.send_round:after": FAILED,
     SOURCE + "_freeze:before": FAILED,
     SOURCE + "_freeze:after": FAILED,
-    "agent.source:dump_files:before": FAILED,
+    SOURCE + "_send_files:before": FAILED,
+    "agent.state.predump:PreDump.dump_change:before": FAILED,
     SOURCE + "_finish:before": FAILED,
 }
 """Points of agent-send at which the target is killed, and the exit status."""

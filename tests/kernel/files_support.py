@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from agent.state.context import DumpContext, RestoreContext
-from agent.state.files import FileRestorer, check_files, decode_items, dump_files
+from agent.state.filerestore import FileRestorer
+from agent.state.files import check_files, decode_items, dump_files
 from agent.types import Obstacle, Pid
 from protocol.state.files import FilesState, OpenFile
 

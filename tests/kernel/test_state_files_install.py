@@ -19,7 +19,8 @@ from agent.errors import InjectError
 from agent.kernel import syscalls as nr
 from agent.kernel.pidfd import pidfd_getfd
 from agent.state.context import DumpContext, RestoreContext
-from agent.state.files import FileRestorer, check_files, decode_items, dump_files
+from agent.state.filerestore import FileRestorer
+from agent.state.files import check_files, decode_items, dump_files
 from agent.target.batch import Batch
 from agent.target.inject import Injector
 from agent.target.tracer import Tracer
@@ -63,7 +64,7 @@ def moved(state: FilesState, options: Options | None = None) -> Iterator[DumpCon
         restorer = FileRestorer(ctx)
         try:
             restorer.open_all(state)
-            restorer.install(state)
+            restorer.install()
             restorer.start()
         finally:
             restorer.close()

@@ -14,8 +14,10 @@ import pytest
 
 from agent.errors import RefusedError
 from agent.kernel.pidfd import pidfd_getfd
-from agent.state.files import FileRestorer, preflight_files
+from agent.state.filerestore import FileRestorer
+from agent.state.files import preflight_files
 from agent.state.inetsk import reset_connections
+from agent.state.registry import socket_identity
 from agent.types import Pid
 from protocol.state.inetsk import InetState
 from tests.kernel.files_support import (
@@ -31,6 +33,16 @@ from tests.kernel.files_support import (
 def sock(again: Again, number: int) -> socket.socket:
     """Return an own socket object for a restored socket."""
     return socket.socket(fileno=os.dup(again.fd(number)))
+
+
+def test_what_is_no_socket_any_more_leaves_nothing_open() -> None:
+    # A running target may have put another file there since its link was read.
+    before = set(os.listdir("/proc/self/fd"))
+    with open("/dev/null", "rb") as null:
+        for _ in range(3):
+            with pytest.raises(OSError, match="non-socket"):
+                socket_identity(null.fileno())
+    assert set(os.listdir("/proc/self/fd")) == before
 
 
 def test_listening_and_bound_inet_sockets(tmp_path: Path) -> None:

@@ -78,6 +78,19 @@ def test_clients_of_a_unix_socket_are_told_who_listens(
         workload.assert_healthy(destination, count=3)
 
 
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_table_that_never_stands_still_is_carried_again_and_again(
+    source: Host, destination: Host, tmp_path: Path, seed: int
+) -> None:
+    files = tmp_path / "files"
+    files.mkdir()
+    workload = start_workload(source, tmp_path, "fdstorm", seed, files, "STATUS")
+    for turn in range(6):
+        host = source if turn % 2 else destination
+        migrate(workload, host, tmp_path, send=["--file-locks"], recv=[])
+        workload.assert_healthy(host, count=5)
+
+
 def start_jailed_zoo(source: Host, directory: Path, jail: Path) -> tuple[Workload, Path]:
     zoo, status = directory / "zoo", directory / "zoo.status"
     zoo.mkdir()

@@ -1,0 +1,176 @@
+"""Open files dumped while the target runs, so that the freeze only has to find out what has changed since.
+
+What is dumped so is what the destination may make ahead, without anybody noticing and without a trace if it comes to
+nothing: files, directories, devices, pipes with nothing in them, eventfds, epolls of these... A kind has to say what
+must be looked at for that (FileKind.unchanged); sockets and all that is locked, has an owner or is a FIFO is dumped in
+the freeze as if there had been no earlier dump.
+
+A description is unchanged when its numbers show the same link and fdinfo as before, are not shared in another way, and
+its kind finds the rest as it was. It need not be the same one: closed and opened again, in the same state, is as good.
+While the target runs it may change in the middle of a look, so whatever a kind read by other means than link and fdinfo
+has to be checked again in the freeze.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from agent.state.context import DumpContext
+from agent.state.fdtable import Facts, TableReader, describe, group
+from agent.state.files import dump_all, dump_one, own_clock_ns, require_carried
+from agent.state.openfile import O_ASYNC, Description, DumpJob, Recheck
+from agent.state.registry import FILE_KINDS
+from protocol.state.files import FdEntry, FilesChange, FilesState, OpenFile
+
+
+class PreDump:
+    """The open files of a running process, and what becomes of them. close() it.
+
+    ``state`` has only what is worth being sent ahead.
+    """
+
+    def __init__(self, ctx: DumpContext) -> None:
+        self._ctx = ctx
+        self._files: dict[int, tuple[OpenFile, Any]] = {}
+        self._reader = TableReader(ctx, keep=True)
+        ctx.forget_shared()
+        try:
+            self._table = self._reader.look()
+            found = [
+                describe(number, fds, self._table)
+                for number, fds in enumerate(group(ctx, self._table), 1)
+            ]
+            self._next_id = len(found) + 1
+            self._job = DumpJob(ctx, found, content=False)
+            self._dump(found)
+        except BaseException:
+            self.close()
+            raise
+        kept = {desc.id for desc in found if desc.id in self._files}
+        self._by_fd = {fd: desc for desc in found if desc.id in kept for fd in desc.fds}
+        self._entries = {
+            fd: FdEntry(fd=fd, file_id=desc.id, cloexec=self._table[fd].cloexec)
+            for fd, desc in self._by_fd.items()
+        }
+        self.state = FilesState(
+            fds=tuple(self._entries[fd] for fd in sorted(self._entries)),
+            files=tuple(file for file, _body in self._files.values()),
+        )
+
+    def close(self) -> None:
+        """Let go of what was kept for the second look. Safe to call twice."""
+        self._reader.close()
+
+    def _dump(self, found: Iterable[Description]) -> None:
+        # Obstacles do not matter: the final look finds them if they are still there.
+        candidates = {}
+        for desc in found:
+            if desc.link.startswith("socket:"):
+                continue
+            with contextlib.suppress(OSError):
+                dumped = dump_one(self._job, desc)
+                if dumped is not None and _may_be_ahead(dumped[0]):
+                    candidates[desc.id] = desc
+                    self._files[desc.id] = dumped
+            # The running target must not be left with copies for longer than a moment.
+            self._ctx.drop_fetched()
+        kept = self._check(Recheck(self._job, self._job, candidates))
+        self._files = {number: self._files[number] for number in kept}
+        for desc in kept.values():
+            for fd in desc.fds:
+                facts = self._table[fd]
+                # The kind itself looks at where the path leads to.
+                facts.told_by_path = (
+                    self._files[desc.id][0].kind == "regular"
+                    and facts.info is not None
+                    and facts.info.st_ino == facts.fdinfo.ino
+                )
+
+    def _check(self, check: Recheck) -> dict[int, Description]:
+        """Find out which candidates are unchanged."""
+        by_kind: dict[str, list[tuple[Description, Any]]] = {}
+        for number, desc in check.candidates.items():
+            file, body = self._files[number]
+            by_kind.setdefault(file.kind, []).append((desc, body))
+        for name, kind in FILE_KINDS.items():  # Epolls after what they watch.
+            if kind.unchanged is not None and name in by_kind:
+                unchanged = kind.unchanged(check, by_kind[name])
+                check.kept.update((number, check.candidates[number]) for number in unchanged)
+        return check.kept
+
+    # -- the second look: the target is frozen -----------------------------------------------------------------------
+
+    def dump_change(self) -> FilesChange:
+        """Dump what is not as it was; every thread of the target is stopped by now.
+
+        :raises RefusedError: when something cannot be carried.
+        """
+        ctx = self._ctx
+        ctx.forget_shared()
+        table = self._reader.look(self._table)
+        clock_ns = own_clock_ns(ctx)
+        candidates: dict[int, Description] = {}
+        found = []
+        for fds in group(ctx, table):
+            desc = self._find_earlier(fds, table, candidates)
+            if desc is None:
+                desc = describe(self._new_id(), fds, table)
+            else:
+                candidates[desc.id] = desc
+            found.append(desc)
+        check = Recheck(self._job, DumpJob(ctx, found, content=True), candidates)
+        kept = self._check(check)
+        # Ids are in the order of the numbers, as in a whole dump.
+        found = [desc if desc.id in kept else self._renew(desc) for desc in found]
+        job = DumpJob(ctx, found, content=True)
+        files = dump_all(job, [desc for desc in found if desc.id not in kept])
+        require_carried(job)
+        return FilesChange(
+            closed=tuple(sorted(self._entries.keys() - table.keys())),
+            fds=self._changed_entries(found, table),
+            files=files,
+            clock_monotonic_ns=clock_ns,
+        )
+
+    def _renew(self, desc: Description) -> Description:
+        info = self._reader.stat(desc.fd) if desc.info is not None else None
+        return replace(desc, id=self._new_id(), info=info)
+
+    def _new_id(self) -> int:
+        self._next_id += 1
+        return self._next_id - 1
+
+    def _find_earlier(
+        self, fds: list[int], table: dict[int, Facts], taken: dict[int, Description]
+    ) -> Description | None:
+        """Return the earlier description that a group of numbers is, as far as the table can tell."""
+        for fd in fds:
+            desc = self._by_fd.get(fd)
+            if desc is not None and desc.id not in taken and self._table[fd].key == table[fd].key:
+                if desc.fds == fds:
+                    return desc
+                if self._ctx.options.external_fds.isdisjoint(fds):
+                    return replace(desc, fds=fds)
+        return None
+
+    def _changed_entries(
+        self, found: Iterable[Description], table: dict[int, Facts]
+    ) -> tuple[FdEntry, ...]:
+        changed = []
+        for desc in found:
+            for fd in desc.fds:
+                earlier, facts = self._entries.get(fd), table[fd]
+                if earlier is not None and earlier.file_id == desc.id:
+                    if facts is self._table[fd] or earlier.cloexec == facts.cloexec:
+                        continue
+                changed.append(FdEntry(fd=fd, file_id=desc.id, cloexec=facts.cloexec))
+        changed.sort(key=lambda entry: entry.fd)
+        return tuple(changed)
+
+
+def _may_be_ahead(file: OpenFile) -> bool:
+    kind = FILE_KINDS[file.kind]
+    return kind.unchanged is not None and not (file.locks or file.owner or file.flags & O_ASYNC)

@@ -98,10 +98,19 @@ def _look(ctx: DumpContext, *, content: bool) -> tuple[DumpJob, FilesState]:
     ctx.forget_shared()
     with contextlib.closing(TableReader(ctx)) as reader:
         table = reader.look()
-    descriptions = [describe(number, fds, table) for number, fds in enumerate(group(ctx, table), 1)]
-    clock_ns = own_clock_ns(ctx)
-    job = DumpJob(ctx, descriptions, content)
-    files = dump_all(job, descriptions)
+        descriptions = [
+            describe(number, fds, table) for number, fds in enumerate(group(ctx, table), 1)
+        ]
+        clock_ns = own_clock_ns(ctx)
+        job = DumpJob(ctx, descriptions, content)
+        files = dump_all(job, descriptions)
+        if job.obstacles and not content:
+            now = reader.look(table)
+            job.obstacles = [
+                obstacle
+                for obstacle, desc in zip(job.obstacles, job.refused, strict=True)
+                if all(fd in now and now[fd].key == table[fd].key for fd in desc.fds)
+            ]
     dumped = {file.id for file in files}
     entries = [
         FdEntry(fd=fd, file_id=desc.id, cloexec=table[fd].cloexec)

@@ -106,6 +106,8 @@ class DumpJob:
     descriptions: Sequence[Description]
     content: bool
     obstacles: list[Obstacle] = field(default_factory=list)
+    refused: list[Description] = field(default_factory=list)
+    """What the obstacles, one by one, are about."""
     memo: dict[str, Any] = field(default_factory=dict)
     """Things looked up once per job, by whoever needs them."""
 
@@ -113,6 +115,7 @@ class DumpJob:
         """Record that ``desc`` cannot be carried."""
         what = f"fd {', '.join(map(str, desc.fds[:8]))}"
         self.obstacles.append(Obstacle(kind=kind, what=what, detail=detail, hint=hint))
+        self.refused.append(desc)
 
     def fetch(self, desc: Description) -> int:
         """Return an agent descriptor of the description; the context's."""

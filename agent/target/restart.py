@@ -167,21 +167,25 @@ def take_calls(pid: int) -> dict[int, KnownCall]:
 # -- samples ----------------------------------------------------------------------------------------------------------
 
 
-def sample_sleepers(pid: int) -> dict[int, SleepSample]:
-    """Return, by tid, what threads with a time limit sleep in; to be called right before they are interrupted."""
+def sample_sleepers(pid: int) -> tuple[dict[int, SleepSample], set[int]]:
+    """Return, by tid, what threads with a time limit sleep in; to be called right before they are interrupted.
+
+    Also the tids of those whose call will most likely return EINTR when they are: see hide_eintr().
+    """
+    delicate: set[int] = set()
     try:
         tids = list_tids(pid)
     except OSError:
-        return {}
-    return _sample(pid, tids)
+        return {}, delicate
+    return _sample(pid, tids, delicate), delicate
 
 
 def sample_sleeper(pid: int, tid: int) -> SleepSample | None:
     """Return what one thread sleeps in, or None when it runs or when how long it has slept does not matter."""
-    return _sample(pid, [tid]).get(tid)
+    return _sample(pid, [tid], set()).get(tid)
 
 
-def _sample(pid: int, tids: Sequence[int]) -> dict[int, SleepSample]:
+def _sample(pid: int, tids: Sequence[int], delicate: set[int]) -> dict[int, SleepSample]:
     samples = {}
     starts = {}
     for tid in tids:
@@ -189,6 +193,8 @@ def _sample(pid: int, tids: Sequence[int]) -> dict[int, SleepSample]:
             call = read_syscall(pid, tid)
             if call is None:
                 continue
+            if call.nr in _EINTR_PRONE:
+                delicate.add(int(tid))
             if call.nr == nr.NR_restart_syscall:
                 switches = _voluntary_switches(pid, tid)
                 number = guess_restarted(read_text(f"/proc/{pid}/task/{tid}/wchan"), call.args)

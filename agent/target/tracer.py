@@ -255,10 +255,10 @@ class Tracer:
         :raises TargetGone: the process died or called exec. :raises FreezeError: a thread cannot be traced or stopped.
         """
         # Sampled before the first thread stops: this part costs no downtime.
-        samples = restart.sample_sleepers(self.pid)
+        samples, delicate = restart.sample_sleepers(self.pid)
         self.stopped_ns = time.monotonic_ns()
         while True:
-            waiting = []
+            interrupted = []
             for tid in self._list_tids():
                 thread = self.threads.get(tid)
                 if thread is not None and thread.stopped:
@@ -271,23 +271,29 @@ class Tracer:
                     # Died since it was listed. The end of the whole process shows in the next listing.
                     self.threads.pop(tid, None)
                     continue
-                waiting.append(thread)
-            if not waiting:
+                interrupted.append(thread)
+                if tid in delicate:
+                    # Not after all the others: should the agent die before it is healed, the thread sees EINTR.
+                    self._await_interrupted(thread)
+            if not interrupted:
                 break
-            for thread in waiting:
-                try:
-                    self._wait_stopped(thread)
-                    self._heal_eintr(thread)
-                except TargetGone:
-                    if thread.tid not in self._list_tids():
-                        continue
-                    raise
+            for thread in interrupted:
+                if not thread.stopped:
+                    self._await_interrupted(thread)
         if not self.threads:
             raise TargetGone(f"Process {self.pid} is gone")
         program = self._identify_program()
         if program != self._program and any(program):  # all zero: the leader is a zombie
             raise TargetGone(f"Process {self.pid} called exec meanwhile")
         return sorted(self.threads.values(), key=lambda t: (t.tid != self.pid, t.tid))
+
+    def _await_interrupted(self, thread: TracedThread) -> None:
+        try:
+            self._wait_stopped(thread)
+            self._heal_eintr(thread)
+        except TargetGone:
+            if thread.tid in self._list_tids():
+                raise
 
     def adopt(self, tid: int) -> TracedThread:
         """Take over a thread (or process) that a traced thread made, and wait for its first stop.

@@ -64,10 +64,13 @@ class _Extra:
 def _extra() -> Iterator[int]:
     """A process of two threads that wait to be killed; it ends with the agent."""
     ready, tell = os.pipe2(os.O_CLOEXEC)
+    agent = os.getpid()
     pid = os.fork()
     if pid == 0:
         with contextlib.suppress(BaseException):
             prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != agent:
+                os._exit(0)  # It died before that: nobody else would end this process, which has its connection open.
             os.setsid()  # no signal from the terminal
             threading.Thread(target=signal.pause, daemon=True).start()
             os.write(tell, b"x")

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 
 from agent.check import Target
 from agent.errors import DumpError, RefusedError
@@ -22,7 +23,7 @@ from agent.report import RoundReport
 from agent.spaces import PROCESS_SPACE
 from agent.state.mempolicy import Policy, has_several_nodes
 from agent.state.shmem import content_to_send, dump_shared, mapped_size
-from agent.tracker.base import DirtySet, SharedKey, Tracker, Witness
+from agent.tracker.base import DirtySet, Foresighted, SharedKey, Tracker, Witness
 from agent.tracker.layout import is_shared_object, shared_key
 from protocol.messages import RoundPlaced
 from protocol.state import encode_section
@@ -94,6 +95,11 @@ class RoundSender:
         """Have the tracker look, at what is open too."""
         self.watch_open_objects()
         return self._tracker.collect(final=final)
+
+    def look_ahead(self, executor: Executor) -> None:
+        """Have the tracker begin the final look, if it can: the target is frozen, no call is made in it any more."""
+        if isinstance(self._tracker, Foresighted):
+            self._tracker.look_ahead(executor)
 
     def send_files(self, files: FilesState | FilesChange) -> None:
         """Send the final open files, and before them what the destination needs to make them.

@@ -98,7 +98,7 @@ def test_memory_policies_of_mappings_are_asked_for_where_there_are_any() -> None
         assert (before, target.policy_nodes) == (None, 1)
         with Tracer(target.pid) as tracer:
             tracer.stop_all()
-            sender.send(cast(Any, link), tracer)
+            sender.send(cast(Any, link), tracer, lambda: None)
             look(target, rounds)
     first, second = link.layouts()
     assert vma_at(first, start).policy == 0

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import enum
 import string
-from dataclasses import dataclass
+
+from protocol.record import record
 
 MAX_CHANNELS = 64
 """Connections of one session: more never helped a link, and each costs the receiver a thread."""
@@ -34,7 +35,7 @@ class ChannelRole(enum.IntEnum):
     PAGES = 2
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class ChannelAnnouncement:
     """First message on each connection but the first: source -> destination."""
 

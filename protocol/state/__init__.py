@@ -17,17 +17,17 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from protocol import codec
 from protocol.errors import LocalProtocolError, RemoteProtocolError
 from protocol.messages import StateSection
+from protocol.record import record
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class StateKind:
     """One kind of resource this build can read and write."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from protocol.record import record
 
 PORTABLE_DEVICES: dict[tuple[int, int], str] = {
     # Documentation/admin-guide/devices.txt, major 1.
@@ -14,7 +14,7 @@ PORTABLE_DEVICES: dict[tuple[int, int], str] = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class CharDevice:
     """The device by number, and the path under which the process opened it."""
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from protocol.record import record
 from protocol.state import register
 
 NR_LIMITS = 16
@@ -11,7 +10,7 @@ NR_LIMITS = 16
 RLIM_INFINITY = (1 << 64) - 1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class ResourceLimit:
     """One limit; ``resource`` is the kernel's number (RLIMIT_CPU is 0)."""
 
@@ -26,7 +25,7 @@ class ResourceLimit:
             raise ValueError(f"resource {self.resource}: limit {self.soft} is above {self.hard}")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class LimitsState:
     """All limits of a process, one for each resource, in the order of their numbers."""
 

@@ -5,12 +5,11 @@ Field names are those of the kernel's prctl_mm_map (prctl(2), PR_SET_MM_MAP).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from protocol.record import record
 from protocol.state import register
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class MmState:
     """Everything about an address space that is neither a mapping nor a page."""
 

@@ -6,8 +6,7 @@ Limits, credentials (the leader's) and CPU masks are a preview: the real ones co
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from protocol.record import record
 from protocol.state import register
 from protocol.state.creds import CredState
 from protocol.state.limits import LimitsState
@@ -16,7 +15,7 @@ from protocol.state.sched import MAX_NODES_BYTES
 MAX_THREADS = 1 << 20
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class PlanState:
     """The process to come: its ids, its highest descriptor, its clocks.
 

@@ -7,14 +7,13 @@ process's own clocks at the freeze, in nanoseconds: its time namespace's offsets
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from protocol.record import record
 from protocol.state import register
 
 MAX_PATH_BYTES = 4096
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class ProcessState:
     """One process.
 

@@ -5,10 +5,10 @@ Paths are absolute and start at the agent's root, whatever root directory the pr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from protocol.record import record
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class RegularFile:
     """What must stand under ``path`` on the destination.
 

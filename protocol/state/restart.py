@@ -6,14 +6,13 @@ and how long it had to go. Everything else about an interrupted call is in the r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from protocol.record import record
 from protocol.state import register
 
 NR_ARGS = 6
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class RestartState:
     """System call `nr` with `args`, interrupted when it had `remaining_ns` to go (as of the freeze)."""
 

@@ -7,8 +7,7 @@ signal n.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from protocol.record import record
 from protocol.state import register
 
 NR_SIGNALS = 64
@@ -29,7 +28,7 @@ def check_pending(pending: tuple[bytes, ...]) -> None:
             raise ValueError(f"siginfo carries signal {signal}")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class SignalAction:
     """What a process does on one signal; ``handler`` 0 is SIG_DFL, 1 is SIG_IGN, else an address.
     """
@@ -45,7 +44,7 @@ class SignalAction:
             raise ValueError(f"signal {self.signal} is outside 1..{NR_SIGNALS}")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class AltStack:
     """An alternate signal stack (sigaltstack(2)); ``flags`` never has SS_ONSTACK: that follows
     from rsp.
@@ -56,7 +55,7 @@ class AltStack:
     size: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class SignalsState:
     """The signal state that all threads share; actions not listed are all zero (SIG_DFL)."""
 

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from protocol.record import record
 
 DEFAULT_DOWNTIME_LIMIT_S = 0.1
 """Same as agent.options: below the patience of a person or of an RPC timeout."""
@@ -46,7 +47,7 @@ class Action(enum.Enum):
     GIVE_UP = "give up"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class RoundStats:
     """One finished round. `pages_dirty`: what its scan found; `seconds`: from scan to the last byte sent."""
 
@@ -59,7 +60,7 @@ class RoundStats:
     """The part of `seconds` that went into the scan."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class PolicyLimits:
     """What the user allows. `strict`: give up rather than exceed the downtime limit."""
 
@@ -69,7 +70,7 @@ class PolicyLimits:
     strict: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Decision:
     """The answer, with its reason for the log."""
 

@@ -24,6 +24,7 @@ from typing import Any, TextIO, cast
 
 from agent.errors import MigrationError, RefusedError
 from agent.types import Obstacle
+from protocol.record import record
 
 PROGRESS_INTERVAL_S = 0.1
 """A terminal line is rewritten at most this often."""
@@ -31,7 +32,7 @@ TIMELINE_WIDTH = 40
 """Characters of the bars in the timeline."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class RoundReport:
     """One finished round; ``seconds`` is scan, read and send together."""
 
@@ -46,7 +47,7 @@ class RoundReport:
     decision: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class PhaseSpan:
     """One phase of the migration, relative to its start; ``frozen``: the target stood still."""
 
@@ -58,7 +59,7 @@ class PhaseSpan:
     """``start_s`` on this host's CLOCK_MONOTONIC: puts both sides on one axis where they share it."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class CompletedReport:
     """The fields of the ``completed`` event. On the destination ``downtime_s`` is None: only the
     source knows when the target stopped."""
@@ -231,14 +232,14 @@ class Reporter:
             message=error_text(error),
             hint=hint,
             exit_code=code,
-            obstacles=[_fields(obstacle) for obstacle in obstacles],
+            obstacles=[obstacle._asdict() for obstacle in obstacles],
         )
 
     def checked(self, pid: int, obstacles: Sequence[Obstacle]) -> int:
         """The outcome of ``--check``: one line per obstacle on stdout. Returns the exit status."""
         stream = sys.stdout if self.json_stream is None else None
         for obstacle in obstacles:
-            self.event("obstacle", **_fields(obstacle))
+            self.event("obstacle", **obstacle._asdict())
             _write_line(stream, str(obstacle))
         if not obstacles:
             _write_line(stream, f"Process {pid} can be migrated.")
@@ -283,7 +284,7 @@ def _write_line(stream: TextIO | None, text: str, *, end: str = "\n") -> bool:
     return True
 
 
-def _fields(record: RoundReport | CompletedReport | Obstacle) -> dict[str, object]:
+def _fields(record: RoundReport | CompletedReport) -> dict[str, object]:
     return asdict(record)
 
 

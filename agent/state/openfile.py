@@ -24,6 +24,7 @@ from agent.procfs.fdinfo import FdInfo
 from agent.procfs.status import read_status
 from agent.state.context import DumpContext, RestoreContext, RestoreOptions
 from agent.types import Obstacle
+from protocol.record import record
 from protocol.state.files import FileOwner, OpenFile
 
 if TYPE_CHECKING:
@@ -240,7 +241,7 @@ def _own_pid(pid: int) -> int:
         return 0
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Item(Generic[BodyT]):
     """A description as received: ``fds`` are the target's numbers for it."""
 
@@ -309,7 +310,7 @@ class RestoreJob:
         return {fd: item.id for item in self.items.values() for fd in item.fds}
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class FileKind(Generic[BodyT]):
     """One kind of open file.
 

@@ -130,6 +130,10 @@ def test_check_imports_what_it_looks_at_and_no_more() -> None:
         assert f"agent.{name}" not in found
 
 
+def test_neither_side_imports_what_few_addresses_need() -> None:
+    assert not imported("import agent.source, agent.destination") & {"ssl", "subprocess", "agent.pipes", "agent.tls"}
+
+
 def test_reader_of_the_help_may_go_away() -> None:
     command = f"{sys.executable} -m agent.cli.send --help | true"
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60)

@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-
-from protocol.record import record
+from dataclasses import dataclass
 
 DEFAULT_DOWNTIME_LIMIT_S = 0.1
 """Same as agent.options: below the patience of a person or of an RPC timeout."""
@@ -47,7 +46,7 @@ class Action(enum.Enum):
     GIVE_UP = "give up"
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RoundStats:
     """One finished round. `pages_dirty`: what its scan found; `seconds`: from scan to the last byte sent."""
 
@@ -60,7 +59,7 @@ class RoundStats:
     """The part of `seconds` that went into the scan."""
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyLimits:
     """What the user allows. `strict`: give up rather than exceed the downtime limit."""
 
@@ -70,7 +69,7 @@ class PolicyLimits:
     strict: bool = False
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
     """The answer, with its reason for the log."""
 

@@ -24,7 +24,6 @@ from typing import Any, TextIO, cast
 
 from agent.errors import MigrationError, RefusedError
 from agent.types import Obstacle
-from protocol.record import record
 
 PROGRESS_INTERVAL_S = 0.1
 """A terminal line is rewritten at most this often."""
@@ -32,7 +31,7 @@ TIMELINE_WIDTH = 40
 """Characters of the bars in the timeline."""
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RoundReport:
     """One finished round; ``seconds`` is scan, read and send together."""
 
@@ -47,7 +46,7 @@ class RoundReport:
     decision: str = ""
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseSpan:
     """One phase of the migration, relative to its start; ``frozen``: the target stood still."""
 
@@ -59,7 +58,7 @@ class PhaseSpan:
     """``start_s`` on this host's CLOCK_MONOTONIC: puts both sides on one axis where they share it."""
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CompletedReport:
     """The fields of the ``completed`` event. On the destination ``downtime_s`` is None: only the
     source knows when the target stopped."""

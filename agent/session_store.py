@@ -22,11 +22,10 @@ import logging
 import os
 import re
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple, TypeVar
 
 from agent.errors import SetupError, UsageError
-from protocol.record import record
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +46,7 @@ _KEEP_ASIDE_S = 3600
 _UNDECIDED_SUFFIX = ".undecided.json"
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedRecord:
     """The copy that the destination has built, or builds, for a session.
 
@@ -75,7 +74,7 @@ class DecidedRecord(NamedTuple):
     copy: PreparedRecord
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UndecidedRecord:
     """A frozen original whose COMMIT went unanswered.
 

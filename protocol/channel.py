@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import enum
 import string
-
-from protocol.record import record
+from dataclasses import dataclass
 
 MAX_CHANNELS = 64
 """Connections of one session: more never helped a link, and each costs the receiver a thread."""
@@ -35,7 +34,7 @@ class ChannelRole(enum.IntEnum):
     PAGES = 2
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ChannelAnnouncement:
     """First message on each connection but the first: source -> destination."""
 

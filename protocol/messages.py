@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import string
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import get_args
 
 from protocol import codec
@@ -22,7 +22,6 @@ from protocol.limits import (
     MAX_STATE_BYTES,
     MAX_TEXT_CHARS,
 )
-from protocol.record import record
 
 _HEX_DIGITS = frozenset(string.hexdigits.lower())
 _KIND_CHARS = frozenset(string.ascii_lowercase + string.digits + "_-.")
@@ -56,7 +55,7 @@ def _check_obstacles(obstacles: list[WireObstacle]) -> None:
         raise ValueError(f"{len(obstacles)} obstacles, limit {MAX_OBSTACLES}")
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WireObstacle:
     """One reason why the migration cannot be done; the agent's Obstacle as it travels."""
 
@@ -70,7 +69,7 @@ class WireObstacle:
             _check_text(what, getattr(self, what))
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HostFacts:
     """What a host says about itself in the handshake; version.py compares two of them."""
 
@@ -106,7 +105,7 @@ class HostFacts:
             _check_text("cpu flag", flag)
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Hello:
     """First message of a session: source -> destination."""
 
@@ -124,7 +123,7 @@ class Hello:
         check_session_id(self.session)
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Accept:
     """The destination agrees to talk: destination -> source."""
 
@@ -143,7 +142,7 @@ class Accept:
             _check_text(f"option {name}", value)
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StateSection:
     """One resource's state, encoded by its schema in protocol/state: source -> destination."""
 
@@ -168,12 +167,12 @@ class StateSection:
             raise ValueError(f"body has {len(self.body)} bytes, limit {MAX_STATE_BYTES}")
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Prepare:
     """Ends the first set of sections and asks for the preflight: source -> destination."""
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
     """Outcome of the preflight, empty when the rounds may begin: destination -> source."""
 
@@ -183,7 +182,7 @@ class Prepared:
         _check_obstacles(self.obstacles)
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RoundBegin:
     """Page batches follow: source -> destination. Rounds count from 0 without gaps."""
 
@@ -194,7 +193,7 @@ class RoundBegin:
             raise ValueError(f"round {self.round} is not in 0..{MAX_ROUNDS - 1}")
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RoundEnd:
     """All batches of the round are sent; totals over them: source -> destination."""
 
@@ -212,7 +211,7 @@ class RoundEnd:
         )
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RoundPlaced:
     """Every page of the round is where it belongs: destination -> source.
 
@@ -226,12 +225,12 @@ class RoundPlaced:
         _check_counts(self.round)
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Switchover:
     """The source freezes its target; the final sections and round follow: source -> destination."""
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StateEnd:
     """Everything was sent: source -> destination."""
 
@@ -246,7 +245,7 @@ class StateEnd:
         _check_digest(self.digest)
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Restored:
     """The copy is complete and stopped: destination -> source."""
 
@@ -256,12 +255,12 @@ class Restored:
         _check_digest(self.digest)
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Commit:
     """The copy is now the process: source -> destination. The source never runs again by itself."""
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Resumed:
     """The copy runs: destination -> source."""
 
@@ -276,7 +275,7 @@ class Resumed:
         _check_counts(self.released_monotonic_ns)
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Abort:
     """The sender gives up; from either side, at any time before Commit."""
 
@@ -299,7 +298,7 @@ class Decision(str, enum.Enum):
     """The destination has no record of the session."""
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Resolve:
     """On a connection of its own, instead of Hello: how did `session` end? source -> destination"""
 
@@ -309,7 +308,7 @@ class Resolve:
         check_session_id(self.session)
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Resolution:
     """Answer to Resolve: destination -> source."""
 

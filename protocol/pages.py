@@ -24,12 +24,12 @@ import operator
 import struct
 import sys
 from array import array
+from dataclasses import dataclass
 from functools import reduce
 
 from protocol.codec import Buffer
 from protocol.errors import LocalProtocolError, RemoteProtocolError
 from protocol.limits import MAX_ADDRESS, MAX_BATCH_BYTES, MAX_BATCH_RANGES, PAGE_SIZE
-from protocol.record import record
 
 _HEADER = struct.Struct("<IB3sII")
 BATCH_HEADER_BYTES = _HEADER.size
@@ -56,7 +56,7 @@ _ENCODINGS = {int(encoding): encoding for encoding in PageEncoding}
 _WITH_CONTENTS = (PageEncoding.RAW, PageEncoding.ZSTD)
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PageBatch:
     """One validated batch. `ranges` is flat: start, end, start, end..."""
 

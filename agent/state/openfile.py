@@ -24,7 +24,6 @@ from agent.procfs.fdinfo import FdInfo
 from agent.procfs.status import read_status
 from agent.state.context import DumpContext, RestoreContext, RestoreOptions
 from agent.types import Obstacle
-from protocol.record import record
 from protocol.state.files import FileOwner, OpenFile
 
 if TYPE_CHECKING:
@@ -241,7 +240,7 @@ def _own_pid(pid: int) -> int:
         return 0
 
 
-@record(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Item(Generic[BodyT]):
     """A description as received: ``fds`` are the target's numbers for it."""
 
@@ -310,7 +309,7 @@ class RestoreJob:
         return {fd: item.id for item in self.items.values() for fd in item.fds}
 
 
-@record(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class FileKind(Generic[BodyT]):
     """One kind of open file.
 

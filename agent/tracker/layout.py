@@ -14,11 +14,11 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Container
+from dataclasses import dataclass
 
 from agent.procfs.maps import MapsEntry
 from agent.ranges import RangeSet
 from agent.tracker.base import SharedKey
-from protocol.record import record
 
 LOWEST_ADDRESS = 1 << 16
 """Default of vm.mmap_min_addr: userfaultfd refuses ranges below."""
@@ -57,7 +57,7 @@ def shared_key(entry: MapsEntry) -> SharedKey:
     return SharedKey(os.makedev(entry.dev_major, entry.dev_minor), entry.inode)
 
 
-@record(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Layout:
     """The mappings of one maps text, by class. Lists are in address order."""
 

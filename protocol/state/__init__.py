@@ -16,12 +16,11 @@ This package must never import the agent or touch the system.
 from __future__ import annotations
 
 import importlib
+from dataclasses import dataclass
 from typing import Any
 
-from protocol.record import record
 
-
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StateKind:
     """One kind of resource this build can read and write."""
 

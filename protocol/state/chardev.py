@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from protocol.record import record
+from dataclasses import dataclass
 
 PORTABLE_DEVICES: dict[tuple[int, int], str] = {
     # Documentation/admin-guide/devices.txt, major 1.
@@ -14,7 +14,7 @@ PORTABLE_DEVICES: dict[tuple[int, int], str] = {
 }
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CharDevice:
     """The device by number, and the path under which the process opened it."""
 

@@ -7,7 +7,7 @@ namespace shows.
 
 from __future__ import annotations
 
-from protocol.record import record
+from dataclasses import dataclass
 
 MAX_GROUPS = 65536
 """NGROUPS_MAX (include/uapi/linux/limits.h)."""
@@ -15,7 +15,7 @@ MAX_ID = 0xFFFFFFFF
 MAX_SECUREBITS = 0xFFF
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CredState:
     """The credentials of one thread; ``uids`` and ``gids`` are real, effective, saved, file
     system.

@@ -5,10 +5,10 @@ The ready list is found again by adding the interests.
 
 from __future__ import annotations
 
-from protocol.record import record
+from dataclasses import dataclass
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EpollItem:
     """One interest: the number it was added under, and the description it watches.
 
@@ -27,7 +27,7 @@ class EpollItem:
             raise ValueError(f"epoll item {self.fd}, {self.events:#x}, {self.data:#x} is impossible")
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Epoll:
     """All interests of one instance."""
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from protocol.record import record
+from dataclasses import dataclass
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EventFd:
     """``count`` is below 2**64 - 1, which the kernel keeps for itself to mean overflow."""
 

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import enum
 import itertools
+from dataclasses import dataclass
 
-from protocol.record import record
 from protocol.state import register
 
 MAX_FD = (1 << 31) - 1
@@ -30,7 +30,7 @@ class LockKind(enum.Enum):
     OFD = "ofd"
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FileLock:
     """One advisory lock held through a description; ``length`` 0 means to the end of the file."""
 
@@ -44,7 +44,7 @@ class FileLock:
             raise ValueError(f"lock range {self.start}+{self.length} is negative")
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FileOwner:
     """Who gets SIGIO and SIGURG: ``type`` and ``pid`` as in f_owner_ex, ``signal`` as in F_SETSIG."""
 
@@ -57,7 +57,7 @@ class FileOwner:
             raise ValueError(f"owner {self.type}, {self.pid}, {self.signal} is impossible")
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FdEntry:
     """One number of the table."""
 
@@ -70,7 +70,7 @@ class FdEntry:
             raise ValueError(f"fd {self.fd} is out of range")
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OpenFile:
     """One open file description; ``flags`` as F_GETFL gives them."""
 
@@ -89,7 +89,7 @@ class OpenFile:
             raise ValueError(f"file flags {self.flags:#x} are out of range")
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FilesState:
     """The whole table: entries sorted by number, each description named by at least one of them.
 
@@ -114,7 +114,7 @@ class FilesState:
             raise ValueError(f"fds and files disagree about file ids {sorted(named ^ ids)}")
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FilesChange:
     """A whole table, told by what became of an earlier one (section "pre_files").
 

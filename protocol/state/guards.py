@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from protocol.record import record
+from dataclasses import dataclass
+
 from protocol.state import register
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GuardsState:
     """``ranges``: flat (start, end) pairs of addresses."""
 

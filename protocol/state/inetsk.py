@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import enum
 import ipaddress
+from dataclasses import dataclass
 
-from protocol.record import record
 from protocol.state.sockopts import SocketOptions
 
 
@@ -21,7 +21,7 @@ class InetState(enum.Enum):
     """A TCP connection that is carried as one that its peer has reset."""
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class InetAddress:
     """An address, a port, and for link-local IPv6 the name of the interface."""
 
@@ -36,7 +36,7 @@ class InetAddress:
             raise ValueError(f"port {self.port} is out of range")
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class InetMessage:
     """A datagram that waits to be read."""
 
@@ -44,7 +44,7 @@ class InetMessage:
     sender: InetAddress
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class InetSocket:
     """One socket; ``local`` is None when it is not bound.
 

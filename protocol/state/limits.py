@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from protocol.record import record
+from dataclasses import dataclass
+
 from protocol.state import register
 
 NR_LIMITS = 16
@@ -10,7 +11,7 @@ NR_LIMITS = 16
 RLIM_INFINITY = (1 << 64) - 1
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ResourceLimit:
     """One limit; ``resource`` is the kernel's number (RLIMIT_CPU is 0)."""
 
@@ -25,7 +26,7 @@ class ResourceLimit:
             raise ValueError(f"resource {self.resource}: limit {self.soft} is above {self.hard}")
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LimitsState:
     """All limits of a process, one for each resource, in the order of their numbers."""
 

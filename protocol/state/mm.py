@@ -5,11 +5,12 @@ Field names are those of the kernel's prctl_mm_map (prctl(2), PR_SET_MM_MAP).
 
 from __future__ import annotations
 
-from protocol.record import record
+from dataclasses import dataclass
+
 from protocol.state import register
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MmState:
     """Everything about an address space that is neither a mapping nor a page."""
 

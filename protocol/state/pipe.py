@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from protocol.record import record
+from dataclasses import dataclass
 
 MAX_CAPACITY = 1 << 31
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PipeEnd:
     """``pipe_id`` joins the ends of one pipe; the access mode of the description says which end it is.
 

@@ -6,7 +6,8 @@ Limits, credentials (the leader's) and CPU masks are a preview: the real ones co
 
 from __future__ import annotations
 
-from protocol.record import record
+from dataclasses import dataclass
+
 from protocol.state import register
 from protocol.state.creds import CredState
 from protocol.state.limits import LimitsState
@@ -15,7 +16,7 @@ from protocol.state.sched import MAX_NODES_BYTES
 MAX_THREADS = 1 << 20
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PlanState:
     """The process to come: its ids, its highest descriptor, its clocks.
 

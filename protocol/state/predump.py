@@ -6,12 +6,13 @@ Clock readings are the process's own.
 
 from __future__ import annotations
 
-from protocol.record import record
+from dataclasses import dataclass
+
 from protocol.state import register
 from protocol.state.plan import MAX_THREADS
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PreDumpState:
     """The threads, by the ids that the process itself sees, and its clocks in nanoseconds."""
 

@@ -7,13 +7,14 @@ process's own clocks at the freeze, in nanoseconds: its time namespace's offsets
 
 from __future__ import annotations
 
-from protocol.record import record
+from dataclasses import dataclass
+
 from protocol.state import register
 
 MAX_PATH_BYTES = 4096
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessState:
     """One process.
 

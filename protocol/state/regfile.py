@@ -5,10 +5,10 @@ Paths are absolute and start at the agent's root, whatever root directory the pr
 
 from __future__ import annotations
 
-from protocol.record import record
+from dataclasses import dataclass
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RegularFile:
     """What must stand under ``path`` on the destination.
 

@@ -6,13 +6,14 @@ and how long it had to go. Everything else about an interrupted call is in the r
 
 from __future__ import annotations
 
-from protocol.record import record
+from dataclasses import dataclass
+
 from protocol.state import register
 
 NR_ARGS = 6
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RestartState:
     """System call `nr` with `args`, interrupted when it had `remaining_ns` to go (as of the freeze)."""
 

@@ -7,7 +7,7 @@ nanoseconds.
 
 from __future__ import annotations
 
-from protocol.record import record
+from dataclasses import dataclass
 
 MAX_AFFINITY_BYTES = 8192 // 8
 """CONFIG_NR_CPUS reaches 8192; a longer mask is no mask."""
@@ -16,7 +16,7 @@ MAX_NODES_BYTES = 1024 // 8
 """1 << CONFIG_NODES_SHIFT, at most 10."""
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SchedState:
     """The scheduling of one thread.
 

@@ -7,8 +7,8 @@ bits, `seals` those of F_GET_SEALS; both are put on after the content.
 from __future__ import annotations
 
 import enum
+from dataclasses import dataclass
 
-from protocol.record import record
 from protocol.state import register
 
 MAX_OBJECT_BYTES = 1 << 46
@@ -26,7 +26,7 @@ class SharedKind(enum.IntEnum):
     """A file of the shared memory file system; `name` is its path."""
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SharedObject:
     """One object. `name` of a memfd is what memfd_create(2) was given."""
 
@@ -59,7 +59,7 @@ class SharedObject:
             raise ValueError(f"{self.name!r} is not a file in /dev/shm")
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SharedObjects:
     """All objects of a migration."""
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from protocol.record import record
+from dataclasses import dataclass
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SignalFd:
     """Bit n-1 of ``mask`` stands for signal n."""
 

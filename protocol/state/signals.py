@@ -7,7 +7,8 @@ signal n.
 
 from __future__ import annotations
 
-from protocol.record import record
+from dataclasses import dataclass
+
 from protocol.state import register
 
 NR_SIGNALS = 64
@@ -28,7 +29,7 @@ def check_pending(pending: tuple[bytes, ...]) -> None:
             raise ValueError(f"siginfo carries signal {signal}")
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SignalAction:
     """What a process does on one signal; ``handler`` 0 is SIG_DFL, 1 is SIG_IGN, else an address.
     """
@@ -44,7 +45,7 @@ class SignalAction:
             raise ValueError(f"signal {self.signal} is outside 1..{NR_SIGNALS}")
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AltStack:
     """An alternate signal stack (sigaltstack(2)); ``flags`` never has SS_ONSTACK: that follows
     from rsp.
@@ -55,7 +56,7 @@ class AltStack:
     size: int
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SignalsState:
     """The signal state that all threads share; actions not listed are all zero (SIG_DFL)."""
 

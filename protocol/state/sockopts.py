@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import field
-
-from protocol.record import record
+from dataclasses import dataclass, field
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SocketOptions:
     """``ints`` by the option's C name; ``blobs`` for options that are structures or text."""
 

@@ -11,8 +11,8 @@ to write and read them is downtime.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from protocol.record import record
 from protocol.state import register
 from protocol.state.creds import CredState
 from protocol.state.restart import RestartState
@@ -26,7 +26,7 @@ MAX_NAME_BYTES = 15
 """TASK_COMM_LEN - 1."""
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RseqState:
     """A registered rseq area (rseq(2))."""
 
@@ -40,7 +40,7 @@ class RseqState:
             raise ValueError(f"rseq area {self.addr:#x} of {self.size} bytes makes no sense")
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ThreadState:
     """One thread.
 
@@ -86,7 +86,7 @@ class ThreadState:
         check_pending(self.pending)
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ThreadKind:
     """What threads of a process mostly have in common: fields of ThreadState, and of its rseq area."""
 
@@ -104,7 +104,7 @@ class ThreadKind:
     rseq_flags: int
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ThreadsState:
     """Some threads, or all; each column has them in the same order.
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from protocol.record import record
+from dataclasses import dataclass
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TimerFd:
     """``remaining_ns`` 0 means disarmed; ``deadline_ns`` is set where the clock is the same on all hosts.
 

@@ -6,7 +6,8 @@ periodic SIGALRM whose signal is queued: its next period starts when that is del
 
 from __future__ import annotations
 
-from protocol.record import record
+from dataclasses import dataclass
+
 from protocol.state import register
 
 MAX_TIMER_ID = 0x7FFFFFFF
@@ -26,7 +27,7 @@ def _check_times(what: str, *times: int) -> None:
             raise ValueError(f"{what}: time {value} ns is out of range")
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class IntervalTimer:
     """One of the three timers of setitimer(2); ``which`` is ITIMER_REAL 0, ITIMER_VIRTUAL 1,
     ITIMER_PROF 2.
@@ -42,7 +43,7 @@ class IntervalTimer:
         _check_times(f"interval timer {self.which}", self.remaining_ns, self.interval_ns)
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PosixTimer:
     """One timer of timer_create(2); ``notify`` is SIGEV_SIGNAL, SIGEV_NONE or SIGEV_THREAD_ID.
 
@@ -71,7 +72,7 @@ class PosixTimer:
         _check_times(f"timer {self.id}", self.remaining_ns, self.interval_ns)
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TimersState:
     """All timers of a process."""
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import enum
+from dataclasses import dataclass
 
-from protocol.record import record
 from protocol.state.sockopts import SocketOptions
 
 MAX_NAME_BYTES = 108
@@ -23,7 +23,7 @@ class UnixPeer(enum.Enum):
     """Somebody else's socket bound to ``peer_name``: connected to again on the destination."""
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UnixMessage:
     """Queued bytes: one datagram, or a piece of a stream.
 
@@ -36,7 +36,7 @@ class UnixMessage:
     file_ids: tuple[int, ...] = ()
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UnixName:
     """A bound name: ``name`` exactly as in sun_path, abstract when it starts with a null byte.
 
@@ -63,7 +63,7 @@ class UnixName:
             raise ValueError("unix socket path has a null byte")
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UnixSocket:
     """One socket; ``queue`` is what it has received and not read.
 

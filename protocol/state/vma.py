@@ -7,8 +7,8 @@ address space, ranges are ``[start, end)`` and page aligned. Mappings are sorted
 from __future__ import annotations
 
 import enum
+from dataclasses import dataclass
 
-from protocol.record import record
 from protocol.state import register
 from protocol.state.sched import MAX_NODES_BYTES
 
@@ -29,7 +29,7 @@ class VmaKind(enum.IntEnum):
     """[vdso], [vvar], [vvar_vclock]: made by the kernel, moved into place by name."""
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BackingFile:
     """A regular file that is mapped: what the destination must find under the same path."""
 
@@ -39,7 +39,7 @@ class BackingFile:
     mode: int
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class VmaState:
     """One mapping. ``flags`` are the two-letter VmFlags of proc_pid_smaps(5) that Ferry restores.
 
@@ -71,7 +71,7 @@ class VmaState:
             raise ValueError(f"memory policy {self.policy:#x} is impossible")
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayoutState:
     """All mappings of one address space."""
 

@@ -26,7 +26,7 @@ from agent.state.shmem import content_to_send, dump_shared, mapped_size
 from agent.tracker.base import DirtySet, Foresighted, SharedKey, Tracker, Witness
 from agent.tracker.layout import is_shared_object, shared_key
 from protocol.messages import RoundPlaced
-from protocol.state import encode_section
+from protocol.sections import encode_section
 from protocol.state.files import FilesChange, FilesState
 from protocol.state.shmem import SharedObject, SharedObjects
 

@@ -32,7 +32,7 @@ from agent.state.task import TaskDump
 from agent.target.inject import Batch, Injector
 from agent.target.tracer import Tracer
 from protocol.messages import StateSection
-from protocol.state import encode_section
+from protocol.sections import encode_section
 from protocol.state.guards import GuardsState
 from protocol.state.limits import NR_LIMITS, RLIM_INFINITY, LimitsState, ResourceLimit
 from protocol.state.plan import PlanState

@@ -28,9 +28,10 @@ from agent.errors import (
     TransferError,
     UndecidedError,
 )
-from agent.hostfacts import gather_host_facts, require_machine
+from agent.hostfacts import gather_host_facts
 from agent.kernel.features import kernel_features
 from agent.link import Link, from_wire, refused_by
+from agent.machine import require_machine
 from agent.options import SendOptions
 from agent.pages.compress import Compressor
 from agent.pages.digest import digest_process

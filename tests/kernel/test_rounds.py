@@ -18,7 +18,8 @@ from agent.target.tracer import Tracer
 from agent.tracker.base import DirtySet
 from agent.types import Pid
 from protocol.messages import StateSection
-from protocol.state import decode_section, load_all
+from protocol.sections import decode_section
+from protocol.state import load_all
 from protocol.state.vma import LayoutState, VmaState
 from tests.kernel.support import puppet
 

@@ -76,7 +76,7 @@ def victim(
     directory.mkdir()
     program = [sys.executable, "-m", "tests.tracker.victim"]
     with subprocess.Popen(
-        [*program, str(seed), str(directory), mode, str(uffd_flags), kind.unfit, *map(str, steps)],
+        [*program, str(seed), str(directory), mode, str(uffd_flags), ','.join(kind.unfit), *map(str, steps)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

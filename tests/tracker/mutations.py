@@ -18,7 +18,7 @@ import random
 import socket
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 from tests.tracker import calls
 from tests.tracker.calls import (
@@ -75,7 +75,7 @@ class Mutator:
     """The memory of thread `index`; run() a number of steps, each answers its record."""
 
     def __init__(
-        self, seed: int, index: int, directory: str, noise: int, *, tracked: bool, unfit: str
+        self, seed: int, index: int, directory: str, noise: int, *, tracked: bool, unfit: Container[str]
     ) -> None:
         self.tracked = tracked
         self.seams = os.open(f"{directory}/seams", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -107,7 +107,7 @@ class Mutator:
         self.brk_end = 0
         self.brk_pages = 0
         self.actions: list[Callable[[], int]] = [getattr(self, name) for name in ACTIONS]
-        self.weights = [0 if name == unfit else weight for name, weight in ACTIONS.items()]
+        self.weights = [0 if name in unfit else weight for name, weight in ACTIONS.items()]
         if index:
             self.weights[list(ACTIONS).index("brk")] = 0  # the heap is everybody's
 

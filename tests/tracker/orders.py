@@ -47,6 +47,17 @@ def read_over(base: int) -> int:
     return nr
 
 
+def write_as_debugger(base: int, nr_pages: int) -> None:
+    """Store to NR_PAGES pages by process_vm_writev(2), which pins all that one call names before it stores."""
+    content = ctypes.create_string_buffer(b"d" * NR_PAGES * PAGE)
+    for page in range(0, NR_PAGES, nr_pages):
+        local = (ctypes.c_uint64 * 2)(ctypes.addressof(content) + page * PAGE, nr_pages * PAGE)
+        remote = (ctypes.c_uint64 * 2)(base + page * PAGE, nr_pages * PAGE)
+        arguments = ctypes.byref(local), ctypes.c_ulong(1), ctypes.byref(remote), ctypes.c_ulong(1), ctypes.c_ulong(0)
+        written = libc.process_vm_writev(os.getpid(), *arguments)
+        assert written == nr_pages * PAGE, ctypes.get_errno()
+
+
 def fork_and_store(address: int) -> int:
     """Fork a child that stores to memory it inherited, and return how it ended."""
     pid = os.fork()

@@ -68,7 +68,7 @@ def main() -> None:
     calls.sys_mmap(COUNTERS + COUNTER_PAGES * PAGE, COUNTER_PAGES * PAGE, RW, 0x21 | fixed, -1, 0)
     calls.sys_mmap(TALLIES, PAGE, RW, 0x22 | fixed, -1, 0)
     mutators = [
-        Mutator(int(seed), index, directory, noise, tracked=mode == "tracked", unfit=unfit)
+        Mutator(int(seed), index, directory, noise, tracked=mode == "tracked", unfit=unfit.split(","))
         for index in range(len(steps))
     ]
     print(os.getpid(), uffd, flush=True)

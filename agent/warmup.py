@@ -27,7 +27,7 @@ def warm_up() -> None:
     for message in get_args(Message):
         codec.prepare(message)
     for kind in KINDS.values():
-        codec.prepare(kind.schema)
+        codec.prepare(kind.wire)
     for schema in FILE_BODIES.values():
         codec.prepare(schema)
     task.warm_up()

@@ -10,8 +10,10 @@ Source: proc_pid_maps(5).
 from __future__ import annotations
 
 import os
+import re
+from array import array
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from agent.procfs.files import read_bytes
 
@@ -45,6 +47,18 @@ def parse_maps(data: bytes) -> list[MapsEntry]:
         start, _, end = addresses.partition(b"-")
         append(new(MapsEntry, (int(start, 16), int(end, 16), *_parse_tail(tail))))
     return entries
+
+
+def parse_bounds(data: bytes) -> array[int]:
+    """Return start and end of each mapping, flat, from the text of /proc/PID/maps."""
+    bounds: array[int] = array("Q")
+    for match in _BOUNDS.finditer(data):
+        bounds.append(int(match[1], 16))
+        bounds.append(int(match[2], 16))
+    return bounds
+
+
+_BOUNDS: Final = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) ", re.MULTILINE)
 
 
 # Most tails are equal ("rw-p 00000000 00:00 0 "), or were seen in the round before.

@@ -38,6 +38,11 @@ class StateKind:
     """Oldest version whose readers understand what this build writes."""
     required: bool
     """What it writes: whether a destination that does not know the kind must refuse."""
+    wire: type[Any]
+    """The schema in which it travels. Where it is not ``schema`` itself: ``wire.of(state)`` makes it,
+    ``whole()`` gives the state back."""
+    oldest_version_id: int
+    """Oldest version that this build can still read."""
 
 
 KINDS: dict[str, StateKind] = {}
@@ -51,6 +56,8 @@ def register(
     version_id: int = 1,
     minimum_version_id: int = 1,
     required: bool = True,
+    wire: type[Any] | None = None,
+    oldest_version_id: int = 1,
 ) -> StateKind:
     """Make `schema`, a dataclass, the meaning of sections named `name`."""
     kind = StateKind(
@@ -59,6 +66,8 @@ def register(
         version_id=version_id,
         minimum_version_id=minimum_version_id,
         required=required,
+        wire=wire or schema,
+        oldest_version_id=oldest_version_id,
     )
     known = KINDS.setdefault(name, kind)
     if known != kind:
@@ -92,7 +101,7 @@ def encode_section(kind: str | StateKind, owner_id: int, obj: object) -> StateSe
             minimum_version_id=known.minimum_version_id,
             required=known.required,
             owner_id=owner_id,
-            body=codec.encode(obj),
+            body=codec.encode(obj if known.wire is known.schema else known.wire.of(obj)),
         )
     except ValueError as err:
         raise LocalProtocolError(f"Cannot make a section of kind {name!r}: {err}") from err
@@ -108,7 +117,11 @@ def decode_section(section: StateSection) -> Any:
     problem = _why_unreadable(section, known)
     if problem is None and known is not None:
         newer = section.version_id > known.version_id
-        return codec.decode(known.schema, section.body, ignore_unknown=newer)
+        found = codec.decode(known.wire, section.body, ignore_unknown=newer)
+        try:
+            return found if known.wire is known.schema else found.whole()
+        except ValueError as err:
+            raise RemoteProtocolError(f"{known.wire.__name__}: {err}") from err
     if section.required:
         raise RemoteProtocolError(f"Cannot read required section {section.kind!r}: {problem}")
     return None
@@ -135,5 +148,10 @@ def _why_unreadable(section: StateSection, known: StateKind | None) -> str | Non
         return (
             f"version {section.version_id} needs a reader of version "
             f"{section.minimum_version_id}, this one is {known.version_id}"
+        )
+    if section.version_id < known.oldest_version_id:
+        return (
+            f"version {section.version_id} is of an older Ferry, this one reads versions "
+            f"{known.oldest_version_id} to {known.version_id}"
         )
     return None

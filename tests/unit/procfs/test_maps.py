@@ -8,7 +8,7 @@ import pytest
 
 from agent.procfs import files, smaps
 from agent.procfs.files import read_lines
-from agent.procfs.maps import MapsEntry, parse_maps
+from agent.procfs.maps import MapsEntry, parse_bounds, parse_maps
 from agent.procfs.smaps import SmapsEntry, parse_smaps, parse_vm_flags, read_vm_flags
 
 TEXT = b"""\
@@ -36,6 +36,11 @@ def test_every_column_is_parsed() -> None:
 def test_strange_names_survive() -> None:
     head = b"1000-2000 r--p 00000000 fe:01 7 " + b" " * 40
     assert parse_maps(head + b"/a\rb\xff\\012\n")[0].path == "/a\rb\udcff\\012"
+
+
+def test_bounds_are_those_of_all_entries() -> None:
+    text = TEXT + b"7fffc0000000-7fffc0001000 r--p 00000000 fe:01 7     /1000-2000 r--p\r3000-4000 r--p\n"
+    assert list(parse_bounds(text)) == [bound for entry in parse_maps(text) for bound in entry[:2]]
 
 
 def test_no_mappings_are_no_entries() -> None:

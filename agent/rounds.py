@@ -55,7 +55,7 @@ class RoundSender:
         self._flags_text = b""
         self._sent_flags: Mapping[int, frozenset[str]] = self._flags
         self._sent_policies: Mapping[int, Policy] = {}
-        self._flagged: set[tuple[int, str, str]] = set()
+        self._flagged: dict[int, MapsEntry] = {}
 
     def learn_flags(self) -> None:
         """Read the VmFlags of all mappings, and whether there are memory policies, while the target runs.
@@ -73,14 +73,16 @@ class RoundSender:
         flags = self._target.vm_flags()
         if flags != self._flags:
             self._flags = flags
-        self._flagged = {(entry.start, entry.perms, entry.path) for entry in entries}
+        self._flagged = {entry.start: entry for entry in entries}
 
     def _need_flags(self, dirty: DirtySet) -> None:
         """Make sure that the flags of these mappings are known: one that only grew has what it had."""
-        if dirty.maps_text != self._flags_text and not all(
-            (entry.start, entry.perms, entry.path) in self._flagged for entry in dirty.maps
-        ):
+        if dirty.maps_text != self._flags_text and not all(map(self._is_flagged, dirty.maps)):
             self._read_flags(dirty.maps)
+
+    def _is_flagged(self, entry: MapsEntry) -> bool:
+        seen = self._flagged.get(entry.start)
+        return seen is not None and seen.perms == entry.perms and seen.path == entry.path
 
     def watch_open_objects(self) -> None:
         """Have the tracker watch the shared objects that the target has open, mapped or not."""

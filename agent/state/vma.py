@@ -6,6 +6,7 @@ in bytes.
 
 from __future__ import annotations
 
+import heapq
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -51,8 +52,6 @@ UFFD_FLAGS = frozenset({"um", "uw", "ui"})
 NO_FLAGS: frozenset[str] = frozenset()
 NO_POLICIES: Mapping[int, Policy] = {}
 
-_Key = tuple[MapsEntry, frozenset[str], Policy]
-
 
 @dataclass(slots=True)
 class LayoutDumper:
@@ -66,7 +65,9 @@ class LayoutDumper:
     shared_id: Callable[[MapsEntry], int]
     _files: dict[str, int] = field(default_factory=dict)
     _backing: list[BackingFile] = field(default_factory=list)
-    _known: dict[_Key, VmaState] = field(default_factory=dict)
+    _known: dict[MapsEntry, VmaState] = field(default_factory=dict)
+    _flags: dict[frozenset[str], tuple[str, ...]] = field(default_factory=dict)
+    """Of the VmFlags seen so far those that are carried."""
 
     def check(
         self,
@@ -108,17 +109,26 @@ class LayoutDumper:
         :raises OSError: when a mapped file cannot be examined.
         """
         known = self._known
-        fresh: dict[_Key, VmaState] = {}
+        fresh: dict[MapsEntry, VmaState] = {}
         for entry in entries:
             if entry.path in UNMAPPED_NAMES:
                 continue
-            start = entry.start
-            key = (entry, vm_flags.get(start, NO_FLAGS), policies.get(start, NO_POLICY))
-            fresh[key] = known.get(key) or self._describe(*key)
+            flags = self._carried(vm_flags.get(entry.start, NO_FLAGS))
+            policy = policies.get(entry.start, NO_POLICY)
+            vma = known.get(entry)
+            if vma is None or vma.flags != flags or (vma.policy, vma.policy_nodes) != policy:
+                vma = self._describe(entry, flags, policy)
+            fresh[entry] = vma
         self._known = fresh
         return LayoutState(files=tuple(self._backing), vmas=tuple(fresh.values()))
 
-    def _describe(self, entry: MapsEntry, flags: frozenset[str], policy: Policy) -> VmaState:
+    def _carried(self, flags: frozenset[str]) -> tuple[str, ...]:
+        carried = self._flags.get(flags)
+        if carried is None:
+            carried = self._flags[flags] = tuple(sorted(flags & CARRIED_FLAGS))
+        return carried
+
+    def _describe(self, entry: MapsEntry, flags: tuple[str, ...], policy: Policy) -> VmaState:
         kind = _kind(entry)
         name = ""
         if kind is VmaKind.SPECIAL:
@@ -135,7 +145,7 @@ class LayoutDumper:
             file_index=self._file_index(entry) if kind is VmaKind.FILE else -1,
             object_id=self.shared_id(entry) if kind is VmaKind.OBJECT else 0,
             name=name,
-            flags=tuple(sorted(flags & CARRIED_FLAGS)),
+            flags=flags,
             policy=policy.mode,
             policy_nodes=policy.nodes,
         )
@@ -273,9 +283,8 @@ def find_gap(layouts: Iterable[LayoutState], length: int, *, above: int) -> int:
     :raises RestoreError: when the address space has no such gap.
     """
     margin = 1 << 20
-    taken = sorted((vma.start, vma.end) for layout in layouts for vma in layout.vmas)
     position = above
-    for start, end in taken:
+    for start, end in heapq.merge(*(((vma.start, vma.end) for vma in layout.vmas) for layout in layouts)):
         if start - position >= length + 2 * margin:
             break
         position = max(position, end)

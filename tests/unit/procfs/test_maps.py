@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
 
-from agent.procfs import files, smaps
+from agent.procfs import files, maps, smaps
 from agent.procfs.files import read_lines
 from agent.procfs.maps import MapsEntry, parse_bounds, parse_maps
 from agent.procfs.smaps import SmapsEntry, parse_smaps, parse_vm_flags, read_vm_flags
@@ -45,6 +46,31 @@ def test_bounds_are_those_of_all_entries() -> None:
 
 def test_no_mappings_are_no_entries() -> None:
     assert parse_maps(b"") == []
+
+
+def test_large_texts_that_resemble_the_last_one_are_parsed_as_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(maps, "_last", (b"", []))
+    chance = random.Random(5)
+    lines = [_line(number) for number in range(20)]
+    known: list[MapsEntry] = []
+    for _ in range(500):
+        for _ in range(chance.randrange(4)):
+            at = chance.randrange(len(lines) + 1)
+            lines[at : at + chance.randrange(3)] = [_line(chance.randrange(40)) for _ in range(chance.randrange(3))]
+        text = b"".join(lines)
+        monkeypatch.setattr(maps, "_LARGE_BYTES", 1 << 20)
+        expected = parse_maps(text)
+        monkeypatch.setattr(maps, "_LARGE_BYTES", 0)
+        found = parse_maps(text)
+        assert found == expected
+        if found and found[0] in known[:1]:
+            assert found[0] is known[0], "entries of an unchanged line are the same object"
+        known = found[:]
+        found.clear()  # the list is the caller's own
+
+
+def _line(number: int) -> bytes:
+    return b"%x000-%x000 rw-p 00000000 00:00 0 %s\n" % (number + 16, number + 17, b"/x" * (number % 3))
 
 
 @pytest.mark.parametrize(

@@ -174,6 +174,8 @@ class _Migration:
             if not self.link.recorded:
                 self.link.send(Restored(digest=digest))
             with self._phase("commit"):
+                if not self.link.recorded:
+                    rebuild.prepare_hold()
                 # May be interrupted for as long as there is nothing to read.
                 self.link.channel.poll_readable(self.options.io_timeout_s)
                 with interrupts.shielded(raise_after=False):

@@ -4,8 +4,9 @@
     follow_layout    mappings as the source has them, again and again
     place            pages as they come
     prepare_threads, prepare_files  the source is about to freeze: what will most likely be needed
-    begin_task       the source is frozen: what /proc shows, files, new threads; the last pages are on their way
-    finish_memory    dropped pages, advice, locks, what is common to the threads
+    begin_task       the source is frozen: what is common to the threads, files, new threads; the last pages are
+                     on their way
+    finish_memory    dropped pages, advice, locks
     finish_task      the insides of the threads; all stand at their final registers
     release          they run
 
@@ -51,9 +52,10 @@ from agent.state.limits import raise_limits_calls
 from agent.state.mirror import LayoutMirror
 from agent.state.mm import open_exe, restore_mm
 from agent.state.shmem import discard_shared, finish_shared, resize_shared, restore_shared
-from agent.state.task import TaskRestore, TaskState, clone_calls, host_tids
+from agent.state.task import TaskRestore, TaskState, clone_calls, host_tids, study_new_task
 from agent.state.vma import find_gap, plain, special_mappings
 from agent.target.inject import Batch, Injector
+from agent.target.template import Copy
 from agent.target.tracer import Tracer
 from agent.types import Pid, Tid
 from agent.warmup import make_ordinary, make_urgent
@@ -106,6 +108,8 @@ class Rebuild:
         """Those that run before ordinary ones, by their ids as the agent sees them."""
         self._open_files: dict[tuple[BackingFile, bool], int] = {}
         self._restorer: FileRestorer | None = None
+        self._memory_calls = Batch()
+        """What is still to be called to finish memory."""
 
     @property
     def skeleton(self) -> Skeleton:
@@ -150,6 +154,7 @@ class Rebuild:
         )
         self._host_tids = {plan.pid: Tid(self.pid)}
         self._placer.add_process_space(PROCESS_SPACE, self.pid)
+        self._new_task = study_new_task(self.pid)
         self._clear_address_space(layout)
         # Shared objects are described with the first round only.
         known = tuple(vma for vma in layout.vmas if vma.kind is not VmaKind.OBJECT)
@@ -161,6 +166,7 @@ class Rebuild:
         here = {e.path: e for e in parse_maps(read_maps(self.pid))}
         aside = self._work + (16 << 20)
         batch = Batch()
+        raise_limits_calls(batch, self.pid)
         moves: list[tuple[int, int, int]] = []
         for name, vma in wanted.items():
             entry = here.get(name)
@@ -247,19 +253,24 @@ class Rebuild:
         self._placer.settle()
 
     def finish_memory(self, guards: GuardsState) -> None:
-        """All pages and mappings are here: drop what is gone, then what must follow the last of them."""
+        """All pages and mappings are here: drop what is gone, then what must follow the last of them.
+
+        The calls are made with those of digest() or finish_task().
+        """
         batch = Batch()
         if absent := self._placer.take_absent(PROCESS_SPACE):
             mapped = RangeSet.of((vma.start, vma.end) for vma in plain(self._mirror.layout.vmas))
             for start, end in absent.intersect(mapped):
                 batch.call(nr.NR_madvise, start, end - start, MADV_DONTNEED, name="madvise(DONTNEED)")
         self._mirror.finish(batch, zip(guards.ranges[0::2], guards.ranges[1::2], strict=True))
-        self._task.process_calls(batch)
-        with self._step("finish memory"):
-            self.injector.run(batch)
+        self._task.future_mappings_calls(batch)
+        self._memory_calls = batch
 
     def digest(self) -> str:
-        """Digest of all memory as the source computes it."""
+        """Digest of all memory, which is finished, as the source computes it."""
+        # Alone: what threads do to be restored changes memory.
+        if len(calls := self._take_memory_calls()):
+            self.injector.run(calls)
         scratch = self.injector.scratch_range or (0, 0)
         entries = [
             entry
@@ -267,6 +278,10 @@ class Rebuild:
             if not (scratch[0] <= entry.start < scratch[1])
         ]
         return digest_process(self.pid, entries)
+
+    def _take_memory_calls(self) -> Batch:
+        batch, self._memory_calls = self._memory_calls, Batch()
+        return batch
 
     # -- everything else -------------------------------------------------------------------------------
 
@@ -277,7 +292,6 @@ class Rebuild:
         """
         with self._step("prepare threads"):
             batch = Batch()
-            raise_limits_calls(batch, self.pid)
             seen = Clocks(state.monotonic_ns, state.boottime_ns)
             self._enter_clocks(batch, seen.minus(read_clocks()).best(self._ahead))
             self._clone_threads(batch, [tid for tid in state.tids if tid != self.ns_pid])
@@ -299,11 +313,13 @@ class Rebuild:
         self._task = TaskRestore(
             TaskState.from_sections(states),
             self.pid,
+            self._new_task,
             keep_pdeath_signal=self.options.wait,
             urgent=self._make_urgent(self._host_tids.values()),
         )
         batch = Batch()
         self._task.early_calls(batch)
+        self._task.process_calls(batch)
         with self._step("memory map"):
             exe_fd = open_exe(self._mm)
             try:
@@ -318,6 +334,16 @@ class Rebuild:
         with self._step("make threads"):
             self._make_threads(self._task)
             self._make_urgent(self._host_tids.values())
+        with self._step("lay out calls"):
+            self._task.write_files()
+            self._thread_copies = self._task.thread_copies(self._host_tids)
+            leader = Batch()
+            leader.call(nr.NR_prctl, PR_SET_PDEATHSIG, 0, name="prctl(PR_SET_PDEATHSIG)")
+            self._task.leader_calls(leader)
+            self._file_restorer().last_calls(leader)
+            leader.call(nr.NR_close, self.skeleton.agent_pidfd, name="close")
+            self.injector.lay_out(leader)
+            self._leader_calls = leader
 
     def _make_urgent(self, tids: Collection[Tid]) -> bool:
         """Have no thread wait for a CPU to make injected calls; their own scheduling comes at the end.
@@ -404,24 +430,28 @@ class Rebuild:
         enter_calls(batch, fd, agent_pidfd=self.skeleton.agent_pidfd)
 
     def _restore_threads(self, restore: TaskRestore) -> None:
-        if len(self._host_tids) > 1:
+        # One stop for all: those of memory are the leader's.
+        calls: dict[int, Batch | Copy] = {**self._thread_copies}
+        if len(memory := self._take_memory_calls()):
+            calls = {self.pid: memory, **calls}
+        if calls:
             with self._step("threads"):
-                self.injector.run_parallel(restore.thread_copies(self._host_tids))
-        elapsed_ns = self._elapsed_ns(restore.state.process.clock_monotonic_ns)
+                self.injector.run_parallel(calls)
         # The files were read a little later than the task.
         self._file_restorer().start(elapsed_ns=self._elapsed_ns(self._files_ns))
         for object_id, state in self._objects.items():
             finish_shared(self._object_fds[object_id], state)
-        last = Batch()
-        last.call(nr.NR_prctl, PR_SET_PDEATHSIG, 0, name="prctl(PR_SET_PDEATHSIG)")
-        restore.leader_calls(last, elapsed_ns=elapsed_ns)
-        self._file_restorer().last_calls(last)
-        last.call(nr.NR_close, self.skeleton.agent_pidfd, name="close")
         with self._step("leader"):
-            self.injector.run(last)
+            self.injector.run(self._leader_calls)
             restore.verify()
-            restore.write_files()
             self.notes += restore.notes
+        timers = Batch()
+        restore.timers_calls(
+            timers, elapsed_ns=self._elapsed_ns(restore.state.process.clock_monotonic_ns)
+        )
+        if len(timers):
+            with self._step("timers"):
+                self.injector.run(timers)
 
     def _elapsed_ns(self, since_ns: int) -> int:
         """How long ago the process's own clock showed ``since_ns``."""
@@ -439,6 +469,13 @@ class Rebuild:
         restore.calm_down(self._host_tids)
 
     # -- the end ---------------------------------------------------------------------------------------
+
+    def prepare_hold(self) -> None:
+        """Do what hold() can have done ahead: the copy still dies with this agent.
+
+        :raises TargetGone: somebody has killed it.
+        """
+        self.tracer.hold()
 
     def hold(self) -> None:
         """Keep the copy stopped whatever happens to this agent; it no longer dies with it.

@@ -3,20 +3,21 @@ restored.
 
 The order on the destination (TaskRestore in task.py offers one method per step):
 
- 1. early: session and process group; soft limits up to the hard ones, else descriptors with high
-    numbers, big mappings or queued signals are refused; transparent huge pages off before memory
-    is populated
+ 0. soft limits up to the hard ones, else descriptors with high numbers, big mappings or queued
+    signals are refused
+ 1. early: session and process group; transparent huge pages off before memory is populated
  2. clone: all other threads; choosing ids needs privileges that step 5 drops
- 3. (memory and files are put in place)
- 4. process: umask, working and root directory, XSAVE permissions (alternate stacks are measured
-    against them), signal dispositions (before any queued signal), and last what forbids new
+ 3. process: umask, working and root directory, XSAVE permissions (alternate stacks are measured
+    against them), signal dispositions (before any queued signal); no later call names a path.
+    The agent writes what only /proc offers: oom_score_adj, coredump_filter
+ 4. (memory and files are put in place) what concerns future mappings, and last what forbids new
     executable memory
  5. each thread (thread.py), the leader last; with its personality (READ_IMPLIES_EXEC would change
     every mapping made later). In the leader additionally, before its credentials
     are dropped: POSIX timers are made, signals of the process queued (both count against
     RLIMIT_SIGPENDING), then the final limits: raising one needs a capability. After them:
-    dumpable, which every change of credentials in any thread resets; and the timers are started
- 6. the agent writes what only /proc offers: oom_score_adj, coredump_filter
+    dumpable, which every change of credentials in any thread resets
+ 6. the timers are started
  7. ptrace: extended registers, signal mask, general registers
 
 Ids are the process's own. Sources: prctl(2), setsid(2), proc(5).
@@ -84,7 +85,7 @@ from agent.procfs.process import (
     read_root,
     read_timens_offsets,
 )
-from agent.procfs.stat import read_stat
+from agent.procfs.stat import Stat
 from agent.types import PAGE_SIZE
 from protocol.state.process import ProcessState
 
@@ -223,15 +224,14 @@ def _timens_offsets(pid: int) -> dict[str, int]:
         return {}  # kernel without time namespaces
 
 
-def session_calls(batch: Batch, state: ProcessState, host_pid: int, *, detach: bool) -> None:
+def session_calls(batch: Batch, state: ProcessState, now: Stat, *, detach: bool) -> None:
     """Add the calls that give a new process its session and group, as far as they can exist
     without their leaders.
 
     A process of somebody else's session gets one of its own if ``detach``: staying in the agent's
-    would tie it to the agent's terminal and its ^C.
+    would tie it to the agent's terminal and its ^C. ``now`` is what the new process has.
     """
-    now = read_stat(host_pid)
-    leads_session, leads_group = now.session == host_pid, now.pgrp == host_pid
+    leads_session, leads_group = now.session == now.pid, now.pgrp == now.pid
     if (state.sid == state.pid or detach) and not leads_session:
         if leads_group:
             _LOG.warning("Task %d leads a process group and cannot get its own session", state.pid)
@@ -249,10 +249,8 @@ def thp_call(batch: Batch, state: ProcessState) -> None:
     batch.call(NR_prctl, PR_SET_THP_DISABLE, disable, flags, name="prctl(PR_SET_THP_DISABLE)")
 
 
-def restore_process_calls(batch: Batch, state: ProcessState) -> Call | None:
-    """Add the calls of step 4 of the module's order, but the signal dispositions, to the leader's
-    batch. Returns the one that may fail, if it is made: that for memory_merge.
-    """
+def restore_process_calls(batch: Batch, state: ProcessState) -> None:
+    """Add the calls of step 3 of the module's order, but the signal dispositions, to the leader's batch."""
     batch.call(NR_umask, state.umask, name="umask")
     cwd = batch.data(os.fsencode(state.cwd) + b"\0")
     batch.call(NR_chdir, cwd, name=f"chdir({state.cwd})")
@@ -269,6 +267,13 @@ def restore_process_calls(batch: Batch, state: ProcessState) -> Call | None:
         # Without its registration membarrier(2) fails, which no program that made it expects.
         if state.membarrier >> bit & 1:
             batch.call(NR_membarrier, 1 << bit, 0, 0, name="membarrier(register)")
+
+
+def future_mappings_calls(batch: Batch, state: ProcessState) -> Call | None:
+    """Add the calls of step 4 of the module's order to the leader's batch.
+
+    Returns the one that may fail, if it is made: that for memory_merge.
+    """
     merge = None
     if state.memory_merge:
         # Merely a hint to merge equal pages; it needs CAP_SYS_RESOURCE.

@@ -17,7 +17,7 @@ import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from agent.errors import RestoreError
 from agent.kernel import ptrace
@@ -35,17 +35,18 @@ from agent.kernel.syscalls import NR_clone3
 from agent.kernel.xstate import layout_of
 from agent.procfs.files import ReadAgain, read_bytes
 from agent.procfs.process import list_tids
+from agent.procfs.stat import Stat, read_stat
 from agent.procfs.status import Status, read_status, read_task_status
 from agent.procfs.timers import read_timers
 from agent.state.creds import check_creds_restore, creds_of, own_securebits, own_status
 from agent.state.limits import (
     check_limits_restore,
     dump_limits,
-    raise_limits_calls,
     restore_limits_calls,
 )
 from agent.state.process import (
     dumpable_call,
+    future_mappings_calls,
     plan_process,
     read_process_files,
     restore_process_calls,
@@ -89,6 +90,7 @@ from agent.state.timers import (
 from agent.target.batch import Batch, Blob, Call
 from agent.target.template import Copy, Template
 from agent.types import Obstacle, Tid
+from protocol.state.creds import CredState
 from protocol.state.limits import LimitsState
 from protocol.state.process import ProcessState
 from protocol.state.signals import SignalsState
@@ -358,19 +360,32 @@ def _lost_pdeath_signals(threads: Iterable[ThreadState]) -> list[str]:
     ]
 
 
+class NewTask(NamedTuple):
+    """What a new process has before anything is restored."""
+
+    status: Status
+    stat: Stat
+    creds: CredState
+
+
+def study_new_task(host_pid: int) -> NewTask:
+    """Read what the process ``host_pid``, made by this agent just now, has."""
+    status = read_status(host_pid)
+    return NewTask(status, read_stat(host_pid), creds_of(status, own_securebits()))
+
+
 class TaskRestore:
-    """The restore of one task into the new process ``host_pid``, step by step as process.py says.
+    """The restore of one task into the process ``host_pid``, ``new`` before, step by step as process.py says.
 
     ``detach``: a process from somebody else's session gets its own. ``keep_pdeath_signal``: the
     agent stays its parent. ``urgent``: its threads run before ordinary ones until calm_down().
-    ``elapsed_ns`` given to the leader's calls moves real-time timers on by
-    the time since the freeze.
     """
 
     def __init__(
         self,
         state: TaskState,
         host_pid: int,
+        new: NewTask,
         *,
         detach: bool = True,
         keep_pdeath_signal: bool = False,
@@ -381,8 +396,7 @@ class TaskRestore:
         self._detach = detach
         self._keep_pdeath_signal = keep_pdeath_signal
         self._urgent = urgent
-        self._status: Status = read_status(host_pid)
-        self._now = creds_of(self._status, own_securebits())
+        self._new = new
         self._verify: Callable[[], None] | None = None
         self._merge: Call | None = None
         self.notes = [] if keep_pdeath_signal else _lost_pdeath_signals(state.threads)
@@ -394,16 +408,23 @@ class TaskRestore:
         """What the process did not get back, for the user."""
 
     def early_calls(self, batch: Batch) -> None:
-        """Step 1, in the leader: session, raised soft limits, huge pages."""
-        session_calls(batch, self.state.process, self.host_pid, detach=self._detach)
-        raise_limits_calls(batch, self.host_pid)
+        """Step 1, in the leader: session, huge pages."""
+        session_calls(batch, self.state.process, self._new.stat, detach=self._detach)
         thp_call(batch, self.state.process)
 
     def process_calls(self, batch: Batch) -> None:
-        """Step 4, in the leader, once memory and files are in place."""
+        """Step 3, in the leader."""
         actions = self.state.signals.actions
-        restore_actions_calls(batch, actions, inherited=self._status.sig_ign)
-        self._merge = restore_process_calls(batch, self.state.process)
+        restore_actions_calls(batch, actions, inherited=self._new.status.sig_ign)
+        restore_process_calls(batch, self.state.process)
+
+    def write_files(self) -> None:
+        """Step 3, by the agent."""
+        self.notes += write_process_files(self.state.process, self.host_pid)
+
+    def future_mappings_calls(self, batch: Batch) -> None:
+        """Step 4, in the leader, after the last mapping was made."""
+        self._merge = future_mappings_calls(batch, self.state.process)
 
     def thread_copies(self, host_tids: Mapping[int, int]) -> dict[int, Copy]:
         """Step 5, in all threads but the leader, by host tid; ``host_tids`` are by the threads' own ids."""
@@ -420,7 +441,7 @@ class TaskRestore:
             copies[host_tids[thread.tid]] = template.copy(pack_variables(thread), into=variables)
         return copies
 
-    def leader_calls(self, batch: Batch, *, elapsed_ns: int = 0) -> None:
+    def leader_calls(self, batch: Batch) -> None:
         """Step 5, in the leader, when the other threads have made theirs."""
         state, leader = self.state, self.state.leader
         self._verify = create_timers_calls(batch, state.timers.posix_timers, leader.tid)
@@ -428,7 +449,10 @@ class TaskRestore:
         restore_limits_calls(batch, state.limits)
         self._thread_calls(batch, leader, batch.data(pack_variables(leader)))
         dumpable_call(batch, state.process)
-        arm_timers_calls(batch, state.timers, elapsed_ns=elapsed_ns)
+
+    def timers_calls(self, batch: Batch, *, elapsed_ns: int = 0) -> None:
+        """Step 6, in the leader; real-time timers are moved on by ``elapsed_ns``, the time since the freeze."""
+        arm_timers_calls(batch, self.state.timers, elapsed_ns=elapsed_ns)
 
     def _thread_calls(self, batch: Batch, thread: ThreadState, variables: Blob) -> None:
         restore_thread_calls(
@@ -436,22 +460,18 @@ class TaskRestore:
             thread,
             variables,
             self.state.process.pid,
-            self._now,
+            self._new.creds,
             keep_pdeath_signal=self._keep_pdeath_signal,
             with_policy=not self._urgent,
         )
 
     def verify(self) -> None:
-        """Check, after the leader's calls have run, what no result of a call says.
+        """Check, after the leader's calls have run, what no result of a call says, and complete the notes.
 
         :raises RestoreError: a timer has another id than it must have.
         """
         if self._verify is not None:
             self._verify()
-
-    def write_files(self) -> None:
-        """Step 6, by the agent."""
-        self.notes += write_process_files(self.state.process, self.host_pid)
         if self._merge is not None and self._merge.result < 0:
             self.notes.append("Equal pages are not merged (PR_SET_MEMORY_MERGE): CAP_SYS_RESOURCE is missing")
         for note in self.notes:

@@ -131,19 +131,22 @@ class Batch:
         self.calls: list[Call] = []
         self._undo: list[Call] = []
         self._blobs: list[Blob] = []
+        self._ahead: Packed | None = None
+        """What pack() returned last, while it is still right."""
 
     def __len__(self) -> int:
         return len(self.calls)
 
     def data(self, content: bytes) -> Blob:
         """Memory that holds `content`."""
-        blob = Blob(bytes(content), len(content))
-        self._blobs.append(blob)
-        return blob
+        return self._add_blob(Blob(bytes(content), len(content)))
 
     def buffer(self, size: int) -> Blob:
         """Zeroed memory of `size` bytes, for the kernel to fill."""
-        blob = Blob(b"", size)
+        return self._add_blob(Blob(b"", size))
+
+    def _add_blob(self, blob: Blob) -> Blob:
+        self._ahead = None
         self._blobs.append(blob)
         return blob
 
@@ -172,12 +175,18 @@ class Batch:
         call = Call(nr, args, name, check)
         call.index = len(calls)
         calls.append(call)
+        self._ahead = None
         return call
 
     # -- layout: records, undo records, cells, blobs ----------------------------------------------------------------
 
     def pack(self, base: int, *, room: int | None = None) -> Packed:
-        """Lay the batch out for target address `base` (16-byte aligned); `room`: for how many constants."""
+        """Lay the batch out for target address `base` (16-byte aligned); `room`: for how many constants.
+
+        Costs next to nothing when it was done for the same address before and nothing was added since.
+        """
+        if self._ahead is not None and self._ahead.first == base and room is None:
+            return self._ahead
         nr_records = len(self.calls) + len(self._undo)
         cells_at = base + nr_records * RECORD_BYTES
         # Blobs come last, but constants may be their addresses: leave room for as many cells as there can be.
@@ -210,7 +219,9 @@ class Batch:
             for offset, target in blob.patches:
                 struct.pack_into("<Q", content, at + offset, _value(target))
         undo_at = base + len(self.calls) * RECORD_BYTES
-        return Packed(base, undo_at, cells_at, bytes(content), len(cell_of))
+        packed = Packed(base, undo_at, cells_at, bytes(content), len(cell_of))
+        self._ahead = packed if room is None else None
+        return packed
 
     def _most_cells(self) -> int:
         return 7 * (len(self.calls) + len(self._undo)) + 1

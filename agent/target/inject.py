@@ -159,6 +159,11 @@ class Injector:
         self._run({thread.tid: batch}, [thread])
         batch.check()
 
+    def lay_out(self, batch: Batch) -> None:
+        """Do what run() can have done ahead for a batch that will run alone in a skeleton."""
+        base = _align(self._area_start(), routine.BLOCK_STRIDE)
+        batch.pack(base + _align(routine.CONTROL_BYTES, routine.BLOCK_STRIDE) + _PRELUDE_BYTES)
+
     def run_parallel(
         self, batches: Mapping[int, Batch | Copy], *, meanwhile: Iterable[object] = ()
     ) -> None:

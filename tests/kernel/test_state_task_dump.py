@@ -55,6 +55,7 @@ from agent.state.task import (
     check_task_restore,
     clone_calls,
     host_tids,
+    study_new_task,
 )
 from agent.target.inject import Batch, Injector
 from agent.target.memory import TargetMemory
@@ -279,11 +280,13 @@ def make_bare(injector: Injector, state: TaskState) -> None:
 
 def restore(tracer: Tracer, injector: Injector, state: TaskState) -> TaskRestore:
     """All steps but the last one."""
-    task = TaskRestore(state, tracer.pid, keep_pdeath_signal=True)
-    for step in (task.early_calls, task.process_calls):
+    task = TaskRestore(state, tracer.pid, study_new_task(tracer.pid), keep_pdeath_signal=True)
+    for step in (task.early_calls, task.process_calls, task.future_mappings_calls):
         batch = Batch()
         step(batch)
-        injector.run(batch, tracer.leader)
+        if len(batch):
+            injector.run(batch, tracer.leader)
+    task.write_files()
     batch = Batch()
     clone_calls(batch, [thread.tid for thread in state.threads[1:]])
     injector.run(batch, tracer.leader)
@@ -292,11 +295,12 @@ def restore(tracer: Tracer, injector: Injector, state: TaskState) -> TaskRestore
     tids = host_tids(tracer.pid)
     if len(tids) > 1:
         injector.run_parallel(task.thread_copies(tids))
-    batch = Batch()
-    task.leader_calls(batch)
-    injector.run(batch, tracer.leader)
+    for step in (task.leader_calls, task.timers_calls):
+        batch = Batch()
+        step(batch)
+        if len(batch):
+            injector.run(batch, tracer.leader)
     task.verify()
-    task.write_files()
     return task
 
 

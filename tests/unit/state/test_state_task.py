@@ -18,7 +18,7 @@ from agent.state.creds import check_creds_restore, creds_of, parse_creds
 from agent.state.limits import check_limits_restore
 from agent.state.sched import check_sched_restore
 from agent.state.signals import without_stops
-from agent.state.task import TaskRestore, TaskState
+from agent.state.task import TaskRestore, TaskState, study_new_task
 from agent.state.thread import fit_xstate, likeness, pack_variables
 from agent.state.timers import check_timers, settle_expired
 from protocol.codec import decode, encode
@@ -176,14 +176,15 @@ def test_task_without_leader_is_rejected() -> None:
 
 def test_what_a_process_does_without_is_noted() -> None:
     pid = os.getpid()
+    new = study_new_task(pid)
     state = dataclasses.replace(task(), threads=(thread(7), dataclasses.replace(thread(8), pdeath_signal=0)))
-    lost, session = TaskRestore(state, pid).notes
+    lost, session = TaskRestore(state, pid, new).notes
     assert lost.startswith("Thread 7 lost the parent death signal")
     assert session.startswith("Session 0 and process group 0 stay behind")
-    kept = TaskRestore(state, pid, keep_pdeath_signal=True).notes
+    kept = TaskRestore(state, pid, new, keep_pdeath_signal=True).notes
     assert kept == [session]
     leader = dataclasses.replace(state, process=dataclasses.replace(state.process, sid=7, pgid=7))
-    assert TaskRestore(leader, pid, keep_pdeath_signal=True).notes == []
+    assert TaskRestore(leader, pid, new, keep_pdeath_signal=True).notes == []
 
 
 def test_missing_section_is_named() -> None:

@@ -42,7 +42,7 @@ def select(triples: array[int], wanted: int, mask: int) -> RangeSet:
 
 
 def all_regions(triples: array[int]) -> RangeSet:
-    pairs = array("Q", bytes(len(triples) // 3 * 16))
+    pairs = array("Q", (0,)) * (len(triples) // 3 * 2)
     pairs[0::2] = triples[0::3]
     pairs[1::2] = triples[1::3]
     return RangeSet.owning(pairs)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 from array import array
+from collections.abc import Callable
 
 import pytest
 
@@ -80,3 +82,24 @@ def test_what_comes_in_order_or_not_adds_up(seed: int) -> None:
             assert {page for start, end in whole for page in range(start, end, _PAGE)} == model
     assert {page for start, end in whole for page in range(start, end, _PAGE)} == model
     assert whole == RangeSet.of((page, page + _PAGE) for page in model)
+
+
+def test_hundreds_of_thousands_take_little_beside_themselves(piece_ranges: int) -> None:
+    if piece_ranges < 1 << 13:
+        pytest.skip("pieces are smaller than they are")
+    count = 200_000
+    triples = _flat([(2 * number * _PAGE, (2 * number + 1) * _PAGE, number % 4) for number in range(count)])
+    found = all_regions(triples)
+    ways: dict[str, Callable[[], RangeSet]] = {
+        "all_regions": lambda: all_regions(triples),
+        "select": lambda: select(triples, 1, 1),
+        "windows": lambda: windows(found, 0),
+    }
+    for name, sort in ways.items():
+        tracemalloc.start()
+        try:
+            sort()
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert peak < 2 * found.pairs.itemsize * len(found.pairs), name

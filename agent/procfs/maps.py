@@ -16,7 +16,7 @@ from array import array
 from functools import lru_cache
 from typing import Final, NamedTuple
 
-from agent.procfs.files import read_bytes
+from agent.procfs.files import read_again
 
 _NEWLINE: Final = 0x0A
 
@@ -45,6 +45,8 @@ def parse_maps(data: bytes) -> list[MapsEntry]:
     if len(data) < _LARGE_BYTES:
         return _parse(data)
     text, known = _last
+    if data == text:
+        return known[:]
     head = data.rfind(b"\n", 0, _equal_head(data, text)) + 1
     tail = data.find(b"\n", len(data) - _equal_tail(data, text, head)) + 1 or len(data)
     nr_head, nr_tail = data.count(b"\n", 0, head), data.count(b"\n", tail)
@@ -118,6 +120,8 @@ def _parse_tail(tail: bytes) -> tuple[str, int, int, int, int, str]:
 def read_maps(pid: int) -> bytes:
     """Return the text of /proc/PID/maps; empty for a process without memory (zombie, kernel thread).
 
+    The text that was parsed last, if it is the same, since others keep it too.
+
     :raises ProcessLookupError: the process is gone.
     """
-    return read_bytes(f"/proc/{pid}/maps")
+    return read_again(f"/proc/{pid}/maps", _last[0])

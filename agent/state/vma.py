@@ -51,6 +51,7 @@ UFFD_FLAGS = frozenset({"um", "uw", "ui"})
 
 NO_FLAGS: frozenset[str] = frozenset()
 NO_POLICIES: Mapping[int, Policy] = {}
+_NOTHING: tuple[MapsEntry | None, VmaState | None] = (None, None)
 
 
 @dataclass(slots=True)
@@ -65,7 +66,9 @@ class LayoutDumper:
     shared_id: Callable[[MapsEntry], int]
     _files: dict[str, int] = field(default_factory=dict)
     _backing: list[BackingFile] = field(default_factory=list)
-    _known: dict[MapsEntry, VmaState] = field(default_factory=dict)
+    _entries: Sequence[MapsEntry] = ()
+    _vmas: tuple[VmaState, ...] = ()
+    """What was described last, and how."""
     _flags: dict[frozenset[str], tuple[str, ...]] = field(default_factory=dict)
     """Of the VmFlags seen so far those that are carried."""
 
@@ -108,19 +111,23 @@ class LayoutDumper:
 
         :raises OSError: when a mapped file cannot be examined.
         """
-        known = self._known
-        fresh: dict[MapsEntry, VmaState] = {}
-        for entry in entries:
-            if entry.path in UNMAPPED_NAMES:
-                continue
-            flags = self._carried(vm_flags.get(entry.start, NO_FLAGS))
-            policy = policies.get(entry.start, NO_POLICY)
-            vma = known.get(entry)
+        # Both in the order of addresses: what is known of an entry is found without looking for it.
+        known = zip(self._entries, self._vmas)
+        old, found = next(known, _NOTHING)
+        mapped = [entry for entry in entries if entry.path not in UNMAPPED_NAMES]
+        vmas = []
+        for entry in mapped:
+            start = entry.start
+            while old is not None and old.start < start:
+                old, found = next(known, _NOTHING)
+            flags = self._carried(vm_flags.get(start, NO_FLAGS))
+            policy = policies.get(start, NO_POLICY)
+            vma = found if old == entry else None
             if vma is None or vma.flags != flags or (vma.policy, vma.policy_nodes) != policy:
                 vma = self._describe(entry, flags, policy)
-            fresh[entry] = vma
-        self._known = fresh
-        return LayoutState(files=tuple(self._backing), vmas=tuple(fresh.values()))
+            vmas.append(vma)
+        self._entries, self._vmas = mapped, tuple(vmas)
+        return LayoutState(files=tuple(self._backing), vmas=self._vmas)
 
     def _carried(self, flags: frozenset[str]) -> tuple[str, ...]:
         carried = self._flags.get(flags)

@@ -123,3 +123,15 @@ def test_flags_read_in_pieces_of_any_size_are_the_same(
     monkeypatch.setattr(smaps, "read_lines", lambda path: read_lines(str(tmp_path / "smaps")))
     assert read_vm_flags(1) == parse_vm_flags(text)
     assert len(read_vm_flags(1)) == 4
+
+
+@pytest.mark.parametrize("known", [b"", b"ab", b"abcdefg", b"abcdefgh", b"abcdeXgh", b"Xbcdefg", b"abcdef"])
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_what_is_read_again_is_what_is_there(
+    known: bytes, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(b"abcdefg")
+    monkeypatch.setattr(files, "READ_BYTES", size)
+    found = files.read_again(str(tmp_path / "file"), known)
+    assert found == b"abcdefg"
+    assert found is known or known != found

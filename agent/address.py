@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import enum
 import re
-from dataclasses import dataclass
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from agent.errors import UsageError
 
@@ -39,8 +38,7 @@ class Transport(enum.Enum):
     STDIO = "stdio"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Address:
+class Address(NamedTuple):
     """One parsed address; the fields that a transport does not use are empty."""
 
     transport: Transport

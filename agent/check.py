@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 
 from agent.errors import SetupError, TargetGone
-from agent.hostfacts import require_machine
+from agent.machine import require_machine
 from agent.options import SendOptions
 from agent.procfs.maps import MapsEntry, parse_maps, read_maps
 from agent.procfs.numa import read_policy_nodes

@@ -22,8 +22,9 @@ from agent.errors import (
     RestoreError,
     TransferError,
 )
-from agent.hostfacts import gather_host_facts, require_machine
+from agent.hostfacts import gather_host_facts
 from agent.link import Link, aborted, from_wire, to_wire
+from agent.machine import require_machine
 from agent.options import RecvOptions
 from agent.preflight import find_restore_obstacles, only
 from agent.rebuild import Rebuild
@@ -56,8 +57,9 @@ from protocol.messages import (
     Switchover,
 )
 from protocol.pages import PageBatch
+from protocol.sections import decode_section
 from protocol.session import Role, SessionState
-from protocol.state import decode_section, load_all
+from protocol.state import load_all
 from protocol.state.guards import GuardsState
 from protocol.version import choose_version, explain_refusal
 

@@ -11,24 +11,10 @@ import os
 import socket
 import time
 
-from agent.errors import SetupError
-from agent.kernel.arch import MACHINE, is_supported_machine
 from agent.kernel.xstate import host_layout
 from agent.procfs.maps import parse_maps, read_maps
 from agent.types import Pid
 from protocol.messages import HostFacts
-
-
-def require_machine() -> None:
-    """Refuse a processor architecture that Ferry does not know, before anything is looked at.
-
-    :raises SetupError: this is not an x86_64 machine.
-    """
-    if not is_supported_machine():
-        raise SetupError(
-            f"Cannot migrate on {os.uname().machine}: Ferry supports {MACHINE} only",
-            hint="both hosts must be x86_64",
-        )
 
 
 def gather_host_facts() -> HostFacts:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import NamedTuple
 
 from agent.address import Address
 from agent.types import Pid
@@ -44,8 +45,7 @@ class Compression(enum.Enum):
     AUTO = "auto"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CompressOption:
+class CompressOption(NamedTuple):
     """``--compress``: the method and, for zstd, its level."""
 
     method: Compression = Compression.AUTO
@@ -55,8 +55,7 @@ class CompressOption:
         return f"zstd:{self.level}" if self.method is Compression.ZSTD else self.method.value
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TlsOptions:
+class TlsOptions(NamedTuple):
     """Files (PEM) and names for tls:// addresses."""
 
     certificate: str = ""
@@ -65,8 +64,7 @@ class TlsOptions:
     server_name: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SendOptions:
+class SendOptions(NamedTuple):
     """``agent-send``. ``address`` is None with ``check`` (and may be with ``resolve``), ``pid`` is
     0 with ``resolve``."""
 
@@ -81,14 +79,14 @@ class SendOptions:
     downtime_limit_s: float = DEFAULT_DOWNTIME_LIMIT_S
     max_rounds: int = DEFAULT_MAX_ROUNDS
     bandwidth_limit: int | None = None
-    compress: CompressOption = field(default_factory=CompressOption)
+    compress: CompressOption = CompressOption()
     streams: int = 1
     verify: bool = False
     tcp_close: bool = False
     file_locks: bool = False
     external_fds: frozenset[int] = frozenset()
     remote_command: str = DEFAULT_REMOTE_COMMAND
-    tls: TlsOptions = field(default_factory=TlsOptions)
+    tls: TlsOptions = TlsOptions()
     connect_timeout_s: float = DEFAULT_CONNECT_TIMEOUT_S
     io_timeout_s: float = DEFAULT_IO_TIMEOUT_S
     state_dir: str = ""
@@ -96,17 +94,16 @@ class SendOptions:
     progress: bool | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RecvOptions:
+class RecvOptions(NamedTuple):
     """``agent-recv``. ``inherit_fds`` maps a number in the restored process to one in the agent."""
 
     address: Address
     once: bool = False
     wait: bool = False
     new_pidns: bool = False
-    inherit_fds: Mapping[int, int] = field(default_factory=dict)
+    inherit_fds: Mapping[int, int] = MappingProxyType({})
     pidfile: str = ""
-    tls: TlsOptions = field(default_factory=TlsOptions)
+    tls: TlsOptions = TlsOptions()
     io_timeout_s: float = DEFAULT_IO_TIMEOUT_S
     state_dir: str = ""
     json: bool = False

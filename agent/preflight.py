@@ -12,7 +12,7 @@ from typing import TypeVar
 from agent.errors import RestoreError, TransferError
 from agent.options import RecvOptions
 from agent.state.creds import check_creds_restore, own_capabilities
-from agent.state.files import preflight_files
+from agent.state.fileitems import preflight_files
 from agent.state.limits import check_limits_restore
 from agent.state.mempolicy import check_nodes
 from agent.state.mm import open_exe

@@ -23,7 +23,7 @@ from agent.state.task import TaskDump
 from agent.target.inject import Injector
 from agent.target.tracer import Tracer
 from agent.types import Pid
-from protocol.state import encode_section
+from protocol.sections import encode_section
 
 _log = logging.getLogger(__name__)
 _TURNS: Final = 3

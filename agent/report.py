@@ -231,14 +231,14 @@ class Reporter:
             message=error_text(error),
             hint=hint,
             exit_code=code,
-            obstacles=[_fields(obstacle) for obstacle in obstacles],
+            obstacles=[obstacle._asdict() for obstacle in obstacles],
         )
 
     def checked(self, pid: int, obstacles: Sequence[Obstacle]) -> int:
         """The outcome of ``--check``: one line per obstacle on stdout. Returns the exit status."""
         stream = sys.stdout if self.json_stream is None else None
         for obstacle in obstacles:
-            self.event("obstacle", **_fields(obstacle))
+            self.event("obstacle", **obstacle._asdict())
             _write_line(stream, str(obstacle))
         if not obstacles:
             _write_line(stream, f"Process {pid} can be migrated.")
@@ -283,7 +283,7 @@ def _write_line(stream: TextIO | None, text: str, *, end: str = "\n") -> bool:
     return True
 
 
-def _fields(record: RoundReport | CompletedReport | Obstacle) -> dict[str, object]:
+def _fields(record: RoundReport | CompletedReport) -> dict[str, object]:
     return asdict(record)
 
 

@@ -12,6 +12,7 @@ import itertools
 import operator
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Executor
 
 from agent.check import Target
 from agent.errors import DumpError, RefusedError
@@ -24,10 +25,10 @@ from agent.report import RoundReport
 from agent.spaces import PROCESS_SPACE
 from agent.state.mempolicy import Policy, has_several_nodes
 from agent.state.shmem import content_to_send, dump_shared, mapped_size
-from agent.tracker.base import DirtySet, SharedKey, Tracker, Witness
+from agent.tracker.base import DirtySet, Foresighted, SharedKey, Tracker, Witness
 from agent.tracker.layout import is_shared_object, shared_key
 from protocol.messages import RoundPlaced
-from protocol.state import encode_section
+from protocol.sections import encode_section
 from protocol.state.files import FilesChange, FilesState
 from protocol.state.shmem import SharedObject, SharedObjects
 
@@ -101,6 +102,11 @@ class RoundSender:
         """Have the tracker look, at what is open too."""
         self.watch_open_objects()
         return self._tracker.collect(final=final)
+
+    def look_ahead(self, executor: Executor) -> None:
+        """Have the tracker begin the final look, if it can: the target is frozen, no call is made in it any more."""
+        if isinstance(self._tracker, Foresighted):
+            self._tracker.look_ahead(executor)
 
     def send_files(self, files: FilesState | FilesChange) -> None:
         """Send the final open files, and before them what the destination needs to make them.

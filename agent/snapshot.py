@@ -7,7 +7,7 @@ procfs and a few ptrace requests. Nothing here changes the target.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from agent.check import Target
 from agent.link import Link
@@ -32,7 +32,7 @@ from agent.state.task import TaskDump
 from agent.target.inject import Batch, Injector
 from agent.target.tracer import Tracer
 from protocol.messages import StateSection
-from protocol.state import encode_section
+from protocol.sections import encode_section
 from protocol.state.guards import GuardsState
 from protocol.state.limits import NR_LIMITS, RLIM_INFINITY, LimitsState, ResourceLimit
 from protocol.state.plan import PlanState
@@ -132,11 +132,12 @@ class TaskSender:
         self._brk = plan_brk(leader)
         self._policies = dict if target.policy_nodes is None else plan_policies(leader, target.pid)
 
-    def send(self, link: Link, tracer: Tracer) -> bool:
+    def send(self, link: Link, tracer: Tracer, on_dumped: Callable[[], None]) -> bool:
         """Every thread is stopped under this thread's ptrace: dump all, and send it, the memory descriptor too.
 
         Runs calls in the threads, which changes memory here and there (rseq areas, remainders of sleeps): the last
-        look at memory must come later. Notes the memory policies of mappings in the target.
+        look at memory must come later: ``on_dumped`` is called when it may. Notes the memory policies of mappings in
+        the target.
         Returns False, and sends nothing, if the target has child processes.
 
         :raises MigrationError: something cannot be dumped; nothing was changed.
@@ -151,6 +152,7 @@ class TaskSender:
             dump.peek()
             sections: list[StateSection] = []
             injector.close(meanwhile=self._encode(sections))
+        on_dumped()
         link.send_all(sections)
         return True
 

@@ -12,8 +12,10 @@ import logging
 import signal
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 from agent import interrupts, net, restart_hints
 from agent.check import Target, find_obstacles, has_exited, open_target
@@ -26,9 +28,10 @@ from agent.errors import (
     TransferError,
     UndecidedError,
 )
-from agent.hostfacts import gather_host_facts, require_machine
+from agent.hostfacts import gather_host_facts
 from agent.kernel.features import kernel_features
 from agent.link import Link, from_wire, refused_by
+from agent.machine import require_machine
 from agent.options import SendOptions
 from agent.pages.compress import Compressor
 from agent.pages.digest import digest_process
@@ -357,13 +360,14 @@ class _Migration:
     def _switch_over(self, link: Link, tracker: Tracker, rounds: RoundSender) -> CompletedReport:
         if self.limiter is not None:
             self.limiter.enabled = False
-        with urgent():
+        with urgent(), ThreadPoolExecutor(1, "look") as executor:
+            executor.submit(int).result()  # makes its thread, urgent too
             link.send(Switchover())
             for attempt in range(1, FREEZE_ATTEMPTS + 1):
                 with Tracer(self.target.pid) as tracer:
                     self._freeze(tracer)
                     try:
-                        is_sent = self._send_task(link, tracer)
+                        is_sent = self._send_task(link, tracer, partial(rounds.look_ahead, executor))
                     except TooLateError as err:
                         # Nothing was sent, and all of it runs again in a moment.
                         if attempt == FREEZE_ATTEMPTS:
@@ -385,9 +389,9 @@ class _Migration:
         with self._phase("freeze", frozen=True):
             tracer.stop_all()
 
-    def _send_task(self, link: Link, tracer: Tracer) -> bool:
+    def _send_task(self, link: Link, tracer: Tracer, on_dumped: Callable[[], None]) -> bool:
         with self._phase("task", frozen=True):
-            return self.task_sender.send(link, tracer)
+            return self.task_sender.send(link, tracer, on_dumped)
 
     def _send_final(self, link: Link, rounds: RoundSender) -> None:
         with self._phase("files", frozen=True), link.gathered():

@@ -5,8 +5,7 @@ Nothing here may touch the system. Addresses are target addresses unless a name 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NewType
+from typing import NamedTuple, NewType
 
 Pid = NewType("Pid", int)
 """A process (thread group) id, as the agent's pid namespace sees it."""
@@ -21,8 +20,7 @@ PAGE_SIZE = 4096
 """Bytes per base page on every machine Ferry supports (checked in the handshake)."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Obstacle:
+class Obstacle(NamedTuple):
     """One reason why a process cannot be moved: what it is, where, and what would help."""
 
     kind: str

@@ -13,10 +13,11 @@ from contextlib import contextmanager, suppress
 from typing import get_args
 
 from agent.state import task
+from agent.state.registry import FILE_KINDS
 from protocol import codec
 from protocol.messages import Message
 from protocol.state import KINDS
-from protocol.state.files import FILE_BODIES
+from protocol.state.bodies import FILE_BODIES
 
 URGENT_PRIORITY = 1
 """Real-time priority of an agent while the target is frozen: the lowest, above all ordinary processes."""
@@ -30,6 +31,7 @@ def warm_up() -> None:
         codec.prepare(kind.wire)
     for schema in FILE_BODIES.values():
         codec.prepare(schema)
+    list(FILE_KINDS.values())  # Imports them.
     task.warm_up()
 
 

@@ -116,33 +116,3 @@ Glossary
     totals          what RoundEnd says was sent, compared with what arrived
     undecided       the link died between Commit and Resumed; both copies stay frozen
 """
-
-from __future__ import annotations
-
-from protocol.errors import LocalProtocolError, ProtocolError, RemoteProtocolError
-from protocol.framing import FrameDecoder, FrameType, encode_frame
-from protocol.messages import Message, decode_message, encode_message
-from protocol.pages import PageBatch, PageEncoding, encode_batch, parse_batch
-from protocol.session import Role, Session, SessionState
-from protocol.version import OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION
-
-__all__ = [
-    "OLDEST_PROTOCOL_VERSION",
-    "PROTOCOL_VERSION",
-    "FrameDecoder",
-    "FrameType",
-    "LocalProtocolError",
-    "Message",
-    "PageBatch",
-    "PageEncoding",
-    "ProtocolError",
-    "RemoteProtocolError",
-    "Role",
-    "Session",
-    "SessionState",
-    "decode_message",
-    "encode_batch",
-    "encode_frame",
-    "encode_message",
-    "parse_batch",
-]

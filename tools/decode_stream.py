@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from protocol import state  # noqa: E402  (needs the path above)
+from protocol import sections, state  # noqa: E402  (needs the path above)
 from protocol.codec import decode_plain  # noqa: E402
 from protocol.errors import RemoteProtocolError  # noqa: E402
 from protocol.framing import HEADER_BYTES, Frame, FrameDecoder, FrameType  # noqa: E402
@@ -115,7 +115,7 @@ def read_frames(stream: BinaryIO) -> Iterator[Frame]:
 def section_state(section: StateSection) -> object:
     """Return what the section holds: a schema object, or plain values where it cannot be read."""
     try:
-        known = state.decode_section(section)
+        known = sections.decode_section(section)
     except RemoteProtocolError:
         known = None
     if known is not None:

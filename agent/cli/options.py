@@ -8,6 +8,7 @@ is imported at the top: it must be fast.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import re
 import sys
@@ -51,6 +52,23 @@ addresses:
 """
 
 
+@functools.cache
+def _help_width() -> int:
+    # argparse asks shutil for it at every option, and importing that takes longer than all else about the parser.
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdecimal() and int(columns):
+        return int(columns) - 2
+    try:
+        return (os.get_terminal_size().columns or 80) - 2
+    except (OSError, ValueError):
+        return 78
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=_help_width())
+
+
 class Parser(argparse.ArgumentParser):
     """One line per mistake, exit status 2, no abbreviated options."""
 
@@ -60,7 +78,7 @@ class Parser(argparse.ArgumentParser):
             usage=usage,
             description=description,
             epilog=epilog,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_Formatter,
             allow_abbrev=False,
             add_help=False,
         )

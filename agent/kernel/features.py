@@ -12,9 +12,9 @@ import ctypes
 import errno
 import functools
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Final
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Final, NamedTuple
 
 from agent.kernel import kcmp, mman, pagemap, pidfd, prctl, uffd
 
@@ -25,8 +25,7 @@ _UNSUPPORTED: Final = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KernelFeatures:
+class KernelFeatures(NamedTuple):
     """What there is; ``reasons`` says, by field name, why something is missing."""
 
     has_guard_pages: bool
@@ -43,7 +42,7 @@ class KernelFeatures:
     has_uffd_wp_unpopulated: bool
     uffd_features: int
     """Every UFFD_FEATURE_* of the kernel, 0 without userfaultfd."""
-    reasons: dict[str, str] = field(default_factory=dict)
+    reasons: Mapping[str, str] = MappingProxyType({})
 
     @property
     def has_scan_tracking(self) -> bool:

@@ -9,15 +9,13 @@ from __future__ import annotations
 import os
 import re
 import sys
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, NamedTuple
 
 from agent.procfs.files import read_bytes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FdInfo:
+class FdInfo(NamedTuple):
     """Fields common to all files, and every line as (name, text) in order."""
 
     pos: int
@@ -41,11 +39,10 @@ class FdInfo:
         return bool(self.flags & os.O_CLOEXEC)
 
 
-@dataclass(frozen=True, slots=True)
-class EventfdInfo:
+class EventfdInfo(NamedTuple):
     """eventfd(2). ``semaphore`` is None on kernels that do not tell (before v6.5)."""
 
-    count: int
+    counter: int
     semaphore: bool | None
 
 

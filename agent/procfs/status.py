@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from agent.procfs.files import read_bytes
 
 _ESCAPE: Final = re.compile(r"\\(n|\\|[0-7]{3})")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Status:
+class Status(NamedTuple):
     """The fields Ferry needs, and all of them as text in ``fields``."""
 
     name: str

@@ -35,7 +35,7 @@ def dump_eventfd(job: DumpJob, desc: Description) -> EventFd | None:
     whether it is a semaphore; an older kernel does not, and it is taken for a counter.
     """
     info = fdinfo.eventfd(desc.fdinfo)
-    return EventFd(count=min(info.count, MAX_COUNT), semaphore=bool(info.semaphore))
+    return EventFd(count=min(info.counter, MAX_COUNT), semaphore=bool(info.semaphore))
 
 
 def restore_eventfd(job: RestoreJob, items: Sequence[Item[EventFd]]) -> None:

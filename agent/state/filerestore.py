@@ -26,7 +26,7 @@ from agent.kernel import syscalls as nr
 from agent.state import filelock
 from agent.state.context import RestoreContext
 from agent.state.fdtable import make_room
-from agent.state.files import decode_item, decode_items
+from agent.state.fileitems import decode_item, decode_items
 from agent.state.openfile import (
     F_SETOWN_EX,
     F_SETSIG,

@@ -2,7 +2,7 @@
 
 Everything comes from procfs, kcmp(2) and pidfd_getfd(2): the target runs no call of ours and needs not
 be stopped to be looked at. What was dumped while it ran is in agent.state.predump, the destination's
-side in agent.state.filerestore.
+side in agent.state.fileitems and filerestore.
 
 Must never leave the agent with copies of the target's descriptors when it returns (see
 DumpContext.drop_fetched).
@@ -17,10 +17,10 @@ from collections.abc import Iterable
 from operator import attrgetter
 from typing import Any
 
-from agent.errors import RefusedError, RestoreError
+from agent.errors import RefusedError
 from agent.state import filelock
 from agent.state.clocks import clock_shift
-from agent.state.context import DumpContext, RestoreOptions
+from agent.state.context import DumpContext
 from agent.state.fdtable import TableReader, describe, group
 from agent.state.openfile import (
     O_ASYNC,
@@ -28,14 +28,12 @@ from agent.state.openfile import (
     O_PATH,
     Description,
     DumpJob,
-    Item,
-    PreflightJob,
     read_owner,
 )
-from agent.state.registry import FILE_KINDS, kind_of
+from agent.state.registry import kind_of
 from agent.types import Obstacle
 from protocol import codec
-from protocol.state.files import FILE_BODIES, FdEntry, FileOwner, FilesState, OpenFile
+from protocol.state.files import FdEntry, FileOwner, FilesState, OpenFile
 
 OWNED_KINDS = frozenset({"pipe", "unix", "inet"})
 """Kinds whose owner matters without O_ASYNC (SIGURG), and which are fetched anyway."""
@@ -191,37 +189,3 @@ def _dump_owner(job: DumpJob, desc: Description, kind: str) -> FileOwner | None:
     if kind == "external":
         return None
     return read_owner(job.fetch(desc))
-
-
-def decode_items(state: FilesState) -> dict[str, list[Item[Any]]]:
-    """Decode the bodies, by kind.
-
-    :raises RemoteProtocolError: when one is malformed.
-    :raises RestoreError: when a kind is unknown.
-    """
-    numbers: dict[int, list[int]] = {}
-    for entry in state.fds:
-        numbers.setdefault(entry.file_id, []).append(entry.fd)
-    items: dict[str, list[Item[Any]]] = {}
-    for file in state.files:
-        items.setdefault(file.kind, []).append(decode_item(file, tuple(numbers[file.id])))
-    return items
-
-
-def decode_item(file: OpenFile, fds: tuple[int, ...]) -> Item[Any]:
-    """Decode one body; errors as decode_items()."""
-    schema = FILE_BODIES.get(file.kind)
-    if schema is None:
-        raise RestoreError(f"Cannot restore fd {fds[0]}: unknown kind of file {file.kind!r}")
-    return Item(file, codec.decode(schema, file.body), fds)
-
-
-def preflight_files(state: FilesState, options: RestoreOptions) -> list[Obstacle]:
-    """Check on the destination that everything can be opened there. Changes nothing."""
-    job = PreflightJob(options)
-    items = decode_items(state)
-    for name, kind in FILE_KINDS.items():
-        if kind.preflight is not None and name in items:
-            kind.preflight(job, items[name])
-    filelock.preflight_locks(job, items.get("regular", ()))
-    return job.obstacles

@@ -18,7 +18,6 @@ import select
 import socket
 import struct
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 
 from agent.errors import RestoreError
@@ -34,6 +33,7 @@ from agent.state.openfile import (
     find_holders,
     set_status_flags,
 )
+from agent.state.sockets import opened
 from agent.state.sockopts import (
     SO_PEEK_OFF,
     apply_options,
@@ -59,16 +59,6 @@ TCP_ULP = 31
 POLLRDHUP = 0x2000
 
 Sockaddr = tuple[str, int] | tuple[str, int, int, int]
-
-
-@contextmanager
-def opened(fd: int, family: int, kind: int, protocol: int) -> Iterator[socket.socket]:
-    """Lend a socket object for an agent descriptor; the descriptor stays its owner's."""
-    sock = socket.socket(family, kind, protocol, fileno=fd)
-    try:
-        yield sock
-    finally:
-        sock.detach()
 
 
 def _identity(job: DumpJob, desc: Description) -> tuple[int, int, int]:

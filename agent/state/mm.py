@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
+from typing import TYPE_CHECKING
 
 from agent.errors import RestoreError
 from agent.kernel import syscalls as nr
@@ -16,9 +17,11 @@ from agent.kernel.prctl import PR_SET_MM, PR_SET_MM_MAP, prctl_mm_map
 from agent.procfs.process import read_auxv, read_exe
 from agent.procfs.stat import read_stat
 from agent.state.paths import leads_to
-from agent.target.inject import Batch, Call
 from agent.types import Obstacle, Pid
 from protocol.state.mm import MmState
+
+if TYPE_CHECKING:
+    from agent.target.batch import Batch, Call
 
 
 def check_exe(pid: Pid) -> list[Obstacle]:

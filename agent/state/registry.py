@@ -2,46 +2,54 @@
 
 from __future__ import annotations
 
+import importlib
 import re
-import socket
 import stat
-import struct
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from agent.state import (
-    chardev,
-    epoll,
-    eventfd,
-    external,
-    inetsk,
-    memfd,
-    pipe,
-    regfile,
-    signalfd,
-    timerfd,
-    unixsk,
-)
 from agent.state.openfile import O_PATH, Description, DumpJob, FileKind
 from agent.tracker.layout import is_posix_shm
 
-FILE_KINDS: dict[str, FileKind[Any]] = {
-    kind.name: kind
-    for kind in (
-        # The order of restore: regular files first, so that a missing one costs nothing else.
-        regfile.KIND,
-        chardev.KIND,
-        memfd.KIND,
-        external.KIND,
-        pipe.KIND,
-        eventfd.KIND,
-        signalfd.KIND,
-        timerfd.KIND,
-        inetsk.KIND,
-        epoll.KIND,
-        # Last, since any other file may be on its way in a queue.
-        unixsk.KIND,
-    )
+MODULES = {
+    # The order of restore: regular files first, so that a missing one costs nothing else.
+    "regular": "regfile",
+    "chardev": "chardev",
+    "memfd": "memfd",
+    "external": "external",
+    "pipe": "pipe",
+    "eventfd": "eventfd",
+    "signalfd": "signalfd",
+    "timerfd": "timerfd",
+    "inet": "inetsk",
+    "epoll": "epoll",
+    # Last, since any other file may be on its way in a queue.
+    "unix": "unixsk",
 }
+"""The module of agent.state that has the ``KIND``, by its name."""
+
+
+class _FileKinds(Mapping[str, FileKind[Any]]):
+    # Imports a kind when it is first asked for: all of them are a quarter of what a check takes, and few processes have
+    # them all. Before a freeze, agent.warmup asks for every one.
+
+    def __init__(self) -> None:
+        self._known: dict[str, FileKind[Any]] = {}
+
+    def __getitem__(self, name: str) -> FileKind[Any]:
+        kind = self._known.get(name)
+        if kind is None:
+            kind = self._known[name] = importlib.import_module(f"agent.state.{MODULES[name]}").KIND
+        return kind
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(MODULES)
+
+    def __len__(self) -> int:
+        return len(MODULES)
+
+
+FILE_KINDS = _FileKinds()
 """Every kind by name, in the order in which they are restored."""
 
 ANON_KINDS = {"eventfd": "eventfd", "eventpoll": "epoll", "signalfd": "signalfd", "timerfd": "timerfd"}
@@ -75,7 +83,9 @@ def kind_of(job: DumpJob, desc: Description) -> FileKind[Any] | None:
     elif link.startswith("pipe:"):
         name = "pipe"
     elif link.startswith("socket:"):
-        name = _kind_of_socket(job, desc)
+        from agent.state.sockets import kind_of_socket  # As the kinds, when first needed.
+
+        name = kind_of_socket(job, desc)
     else:
         match = _ANON.match(link)
         what = match[1] if match else link.partition(":")[0]
@@ -106,43 +116,3 @@ def _kind_of_path(job: DumpJob, desc: Description) -> str:
     what = "block device" if stat.S_ISBLK(mode) else "file"
     job.refuse(desc, what, f"{desc.link} has type {stat.filemode(mode)[0]!r}", "have it closed")
     return ""
-
-
-def _kind_of_socket(job: DumpJob, desc: Description) -> str:
-    fd = job.fetch(desc)
-    family, kind, protocol = job.memo[f"socket {desc.fd}"] = socket_identity(fd)
-    if family == socket.AF_UNIX:
-        return "unix"
-    if family in (socket.AF_INET, socket.AF_INET6):
-        carried = {
-            (socket.SOCK_STREAM, socket.IPPROTO_TCP),
-            (socket.SOCK_DGRAM, socket.IPPROTO_UDP),
-            (socket.SOCK_DGRAM, 136),  # IPPROTO_UDPLITE
-        }
-        if (kind, protocol) in carried:
-            return "inet"
-    try:
-        named = socket.AddressFamily(family).name
-    except ValueError:
-        named = f"address family {family}"
-    hint = "have the process close it, or use --external fd[N]"
-    if family == socket.AF_NETLINK:
-        hint = "netlink sockets talk to this host's kernel; have the process close it"
-    job.refuse(
-        desc, "socket", f"{named} socket of type {kind}, protocol {protocol} cannot be carried", hint
-    )
-    return ""
-
-
-def socket_identity(fd: int) -> tuple[int, int, int]:
-    """Return family, type and protocol of a socket given an agent descriptor.
-
-    :raises OSError: it is none; the descriptor is left open in any case.
-    """
-    with inetsk.opened(fd, socket.AF_UNIX, socket.SOCK_STREAM, 0) as sock:
-        words = [
-            sock.getsockopt(socket.SOL_SOCKET, option, 4)
-            for option in (socket.SO_DOMAIN, socket.SO_TYPE, socket.SO_PROTOCOL)
-        ]
-    family, kind, protocol = (struct.unpack("i", word)[0] for word in words)
-    return family, kind, protocol

@@ -24,9 +24,9 @@ import termios
 from agent.errors import DumpError
 from agent.kernel.kcmp import kcmp_file
 from agent.procfs.process import read_cwd, read_root
-from agent.state.inetsk import opened
 from agent.state.openfile import Description, DumpJob, FileKind
 from agent.state.paths import reach
+from agent.state.sockets import opened
 from agent.state.sockopts import SO_PEEK_OFF, dump_options, has_filter
 from agent.state.unixdiag import UnixInfo, query
 from agent.state.unixrestore import (

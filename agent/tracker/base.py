@@ -13,6 +13,7 @@ the same round, or give up the migration.
 from __future__ import annotations
 
 from array import array
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
@@ -93,6 +94,17 @@ class Tracker(Protocol):
 
     def disarm(self) -> None:
         """Leave the target as if never watched. Idempotent; a target that is gone is no error."""
+
+
+@runtime_checkable
+class Foresighted(Protocol):
+    """What a tracker has whose last look can begin while the agent does something else."""
+
+    def look_ahead(self, executor: Executor) -> None:
+        """Begin the final look in another thread of the agent.
+
+        From now to collect(final=True), which must follow, nothing of the target runs, nor of the agent in it.
+        """
 
 
 @runtime_checkable

@@ -3,7 +3,7 @@
 A *description* (open file description, open(2)) is what dup(2) and fork(2) share: it has the offset
 and the status flags. It is saved once, under an ``id`` that means something only inside one
 ``FilesState``; each number in the table names the description it points at. ``body`` is the encoded
-schema of the kind, one module of this package per kind (``FILE_BODIES``). Numbers and ids are the
+schema of the kind, one module of this package per kind (bodies.py). Numbers and ids are the
 target's; nothing here touches a system.
 
 Three sections: "files" is the final table as a whole. Or there comes, right before the switchover and while the target
@@ -18,34 +18,8 @@ import itertools
 from dataclasses import dataclass
 
 from protocol.state import register
-from protocol.state.chardev import CharDevice
-from protocol.state.epoll import Epoll
-from protocol.state.eventfd import EventFd
-from protocol.state.external import External
-from protocol.state.inetsk import InetSocket
-from protocol.state.memfd import MemFd
-from protocol.state.pipe import PipeEnd
-from protocol.state.regfile import RegularFile
-from protocol.state.signalfd import SignalFd
-from protocol.state.timerfd import TimerFd
-from protocol.state.unixsk import UnixSocket
 
 MAX_FD = (1 << 31) - 1
-
-FILE_BODIES: dict[str, type] = {
-    "chardev": CharDevice,
-    "epoll": Epoll,
-    "eventfd": EventFd,
-    "external": External,
-    "inet": InetSocket,
-    "memfd": MemFd,
-    "pipe": PipeEnd,
-    "regular": RegularFile,
-    "signalfd": SignalFd,
-    "timerfd": TimerFd,
-    "unix": UnixSocket,
-}
-"""The schema of ``OpenFile.body`` by ``OpenFile.kind``."""
 
 
 class LockKind(enum.Enum):

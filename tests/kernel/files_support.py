@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from agent.state.context import DumpContext, RestoreContext
+from agent.state.fileitems import decode_items
 from agent.state.filerestore import FileRestorer
-from agent.state.files import check_files, decode_items, dump_files
+from agent.state.files import check_files, dump_files
 from agent.types import Obstacle, Pid
 from protocol.state.files import FilesState, OpenFile
 

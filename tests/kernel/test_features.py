@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 
 import pytest
@@ -17,11 +16,7 @@ from tests.kernel.support import stopped_child
 
 def test_every_missing_feature_has_a_reason_and_no_other() -> None:
     features = kernel_features()
-    missing = {
-        f.name
-        for f in dataclasses.fields(features)
-        if f.name.startswith("has_") and not getattr(features, f.name)
-    }
+    missing = {name for name, value in features._asdict().items() if name.startswith("has_") and not value}
     assert set(features.reasons) == missing
 
 

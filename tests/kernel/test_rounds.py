@@ -18,7 +18,8 @@ from agent.target.tracer import Tracer
 from agent.tracker.base import DirtySet
 from agent.types import Pid
 from protocol.messages import StateSection
-from protocol.state import decode_section, load_all
+from protocol.sections import decode_section
+from protocol.state import load_all
 from protocol.state.vma import LayoutState, VmaState
 from tests.kernel.support import puppet
 
@@ -98,7 +99,7 @@ def test_memory_policies_of_mappings_are_asked_for_where_there_are_any() -> None
         assert (before, target.policy_nodes) == (None, 1)
         with Tracer(target.pid) as tracer:
             tracer.stop_all()
-            sender.send(cast(Any, link), tracer)
+            sender.send(cast(Any, link), tracer, lambda: None)
             look(target, rounds)
     first, second = link.layouts()
     assert vma_at(first, start).policy == 0

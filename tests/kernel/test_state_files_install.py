@@ -20,8 +20,9 @@ from agent.kernel import syscalls as nr
 from agent.kernel.pidfd import pidfd_getfd
 from agent.state import filerestore
 from agent.state.context import DumpContext, RestoreContext
+from agent.state.fileitems import decode_items
 from agent.state.filerestore import FileRestorer
-from agent.state.files import check_files, decode_items, dump_files
+from agent.state.files import check_files, dump_files
 from agent.target.batch import Batch
 from agent.target.inject import Injector
 from agent.target.tracer import Tracer

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from agent.errors import RefusedError, RestoreError
-from agent.state.files import preflight_files
+from agent.state.fileitems import preflight_files
 from tests.kernel.files_support import Options, body_of, file_of, live_child, restored
 from tests.kernel.support import skip_unless_root
 

@@ -21,8 +21,9 @@ import pytest
 from agent.errors import RefusedError, TransferError
 from agent.kernel.pidfd import pidfd_getfd
 from agent.state.context import DumpContext, RestoreContext
+from agent.state.fileitems import decode_items
 from agent.state.filerestore import FileRestorer
-from agent.state.files import decode_items, dump_files
+from agent.state.files import dump_files
 from agent.state.openfile import O_LARGEFILE
 from agent.state.predump import PreDump
 from agent.target.batch import Batch

@@ -14,10 +14,10 @@ import pytest
 
 from agent.errors import RefusedError
 from agent.kernel.pidfd import pidfd_getfd
+from agent.state.fileitems import preflight_files
 from agent.state.filerestore import FileRestorer
-from agent.state.files import preflight_files
 from agent.state.inetsk import reset_connections
-from agent.state.registry import socket_identity
+from agent.state.sockets import socket_identity
 from agent.types import Pid
 from protocol.state.inetsk import InetState
 from tests.kernel.files_support import (

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocol import state
+from protocol import sections, state
 from protocol.errors import RemoteProtocolError
 from protocol.framing import FrameDecoder, FrameType, encode_frame
 from protocol.messages import StateSection, decode_message
@@ -48,7 +48,7 @@ def swallow(data: bytes, *, role: Role = Role.DESTINATION, recorded: bool = Fals
                 message = decode_message(frame.payload)
                 session.receive(message)
                 if isinstance(message, StateSection):
-                    state.decode_section(message)
+                    sections.decode_section(message)
             nr_frames += 1
         decoder.end_of_stream()
     except RemoteProtocolError:
@@ -63,7 +63,7 @@ def parsers() -> list[Callable[[bytes], object]]:
 def section_parser(kind: str) -> Callable[[bytes], object]:
     def parse(body: bytes) -> object:
         known = state.KINDS[kind]
-        return state.decode_section(
+        return sections.decode_section(
             StateSection(
                 kind=kind,
                 version_id=known.version_id,

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 import protocol
-from protocol import state as state_package
+from protocol import sections
 from protocol.errors import LocalProtocolError, RemoteProtocolError
 from protocol.framing import FrameDecoder, FrameType, encode_frame
 from protocol.limits import MAX_SECTIONS
@@ -385,7 +385,7 @@ def test_unknown_required_section_fails_the_migration_with_its_name() -> None:
     section = replace(SECTION, kind="quantum-state")
     pair.exchange(pair.source, section)
     with pytest.raises(RemoteProtocolError, match="required section 'quantum-state'"):
-        state_package.decode_section(section)
+        sections.decode_section(section)
     pair.exchange(pair.destination, Abort(phase="setup", reason="quantum-state"))
     assert pair.source.state is SessionState.FAILED
 

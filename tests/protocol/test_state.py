@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from protocol import state
+from protocol import sections, state
 from protocol.codec import encode
 from protocol.errors import LocalProtocolError, RemoteProtocolError
 from protocol.messages import StateSection
@@ -26,7 +26,10 @@ class NewerLamp:
 
 @pytest.fixture(autouse=True)
 def lamp_kind(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(state, "KINDS", {})
+    for kind in list(state.KINDS):
+        monkeypatch.delitem(state.KINDS, kind)
+    monkeypatch.setitem(state.KINDS, "lamp", None)  # Gone again afterwards.
+    del state.KINDS["lamp"]
     state.register("lamp", Lamp, version_id=2, minimum_version_id=1)
     yield
 
@@ -43,14 +46,14 @@ def section(*, version: int = 2, minimum: int = 1, required: bool = True) -> Sta
 
 
 def test_section_survives() -> None:
-    made = state.encode_section("lamp", 7, Lamp(watts=5))
+    made = sections.encode_section("lamp", 7, Lamp(watts=5))
     assert (made.kind, made.owner_id, made.version_id, made.required) == ("lamp", 7, 2, True)
-    assert state.decode_section(made) == Lamp(watts=5)
-    assert state.decode_section_as(Lamp, made).watts == 5
+    assert sections.decode_section(made) == Lamp(watts=5)
+    assert sections.decode_section_as(Lamp, made).watts == 5
 
 
 def test_kind_object_is_as_good_as_its_name() -> None:
-    assert state.encode_section(state.KINDS["lamp"], 1, Lamp(watts=5)) == section()
+    assert sections.encode_section(state.KINDS["lamp"], 1, Lamp(watts=5)) == section()
 
 
 @pytest.mark.parametrize("required", [True, False])
@@ -58,17 +61,17 @@ def test_unknown_kind_fails_only_when_it_is_required(required: bool) -> None:
     unknown = replace(section(required=required), kind="heater")
     if required:
         with pytest.raises(RemoteProtocolError, match="required section 'heater': unknown kind"):
-            state.decode_section(unknown)
+            sections.decode_section(unknown)
     else:
-        assert state.decode_section(unknown) is None
+        assert sections.decode_section(unknown) is None
 
 
 def test_older_section_is_read() -> None:
-    assert state.decode_section(section(version=1)) == Lamp(watts=5)
+    assert sections.decode_section(section(version=1)) == Lamp(watts=5)
 
 
 def test_newer_section_is_read_when_it_says_older_readers_may() -> None:
-    assert state.decode_section(section(version=3, minimum=2)) == Lamp(watts=5)
+    assert sections.decode_section(section(version=3, minimum=2)) == Lamp(watts=5)
 
 
 @pytest.mark.parametrize("required", [True, False])
@@ -76,32 +79,32 @@ def test_newer_section_that_needs_a_newer_reader_is_refused(required: bool) -> N
     newer = section(version=4, minimum=3, required=required)
     if required:
         with pytest.raises(RemoteProtocolError, match="'lamp': version 4 needs a reader of"):
-            state.decode_section(newer)
+            sections.decode_section(newer)
     else:
-        assert state.decode_section(newer) is None
+        assert sections.decode_section(newer) is None
 
 
 def test_section_of_this_version_must_fit_exactly() -> None:
     extra = replace(section(), body=encode(NewerLamp(watts=5)))
     with pytest.raises(RemoteProtocolError, match="colour"):
-        state.decode_section(extra)
+        sections.decode_section(extra)
 
 
 def test_malformed_section_fails_even_when_it_is_optional() -> None:
     with pytest.raises(RemoteProtocolError):
-        state.decode_section(replace(section(required=False), body=b"\xc1"))
+        sections.decode_section(replace(section(required=False), body=b"\xc1"))
 
 
 def test_section_of_another_kind_than_expected_is_refused() -> None:
     with pytest.raises(RemoteProtocolError, match="holds Lamp instead of NewerLamp"):
-        state.decode_section_as(NewerLamp, section())
+        sections.decode_section_as(NewerLamp, section())
 
 
 def test_unregistered_kind_or_other_object_is_not_sent() -> None:
     with pytest.raises(LocalProtocolError):
-        state.encode_section("heater", 1, Lamp(watts=5))
+        sections.encode_section("heater", 1, Lamp(watts=5))
     with pytest.raises(LocalProtocolError):
-        state.encode_section("lamp", 1, NewerLamp(watts=5))
+        sections.encode_section("lamp", 1, NewerLamp(watts=5))
 
 
 def test_kind_is_registered_once() -> None:
@@ -114,4 +117,4 @@ def test_section_of_a_version_that_is_read_no_more_is_refused_by_name() -> None:
     state.KINDS.clear()
     state.register("lamp", Lamp, version_id=2, minimum_version_id=2, oldest_version_id=2)
     with pytest.raises(RemoteProtocolError, match="'lamp': version 1 is of an older Ferry"):
-        state.decode_section(section(version=1, minimum=1))
+        sections.decode_section(section(version=1, minimum=1))

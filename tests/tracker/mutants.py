@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable
+from concurrent.futures import Executor, Future
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -141,6 +142,26 @@ def _unregistered(tracker: ScanTracker) -> Tracker:
     return tracker
 
 
+def _looks_too_early(tracker: ScanTracker) -> Tracker:
+    # What the final round takes for its look ahead is of the time of the round before.
+    collect = tracker.collect
+    early: Future[Any] = Future()
+
+    def broken(*, final: bool) -> DirtySet:
+        nonlocal early
+        dirty = collect(final=final)
+        early = Future()
+        early.set_result(tracker._look())
+        return dirty
+
+    def look_ahead(executor: Executor) -> None:
+        tracker._ahead = early
+
+    tracker.collect = broken  # type: ignore[method-assign]
+    tracker.look_ahead = look_ahead  # type: ignore[method-assign]
+    return tracker
+
+
 def _no_suspects(tracker: ScanTracker) -> Tracker:
     take = tracker._take
 
@@ -223,6 +244,7 @@ TRACKER_FAULTS: dict[str, dict[str, Fault]] = {
             _patched(_lift_stale=lambda new: None),
             "stores show after a move merged with a tracked neighbour",
         ),
+        "looks ahead while the target runs": Fault(_looks_too_early, "store: anonymous"),
         "does not check copied file pages": Fault(
             _patched(_check_copied=lambda held, pages, absent: None), "private file page dropped is absent"
         ),

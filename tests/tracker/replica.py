@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 from array import array
+from concurrent.futures import ThreadPoolExecutor
 
 from agent.kernel.pagemap import (
     PAGE_IS_FILE,
@@ -20,7 +21,7 @@ from agent.pages.sender import OnRead, PageSender
 from agent.procfs.maps import MapsEntry
 from agent.procfs.smaps import read_vm_flags
 from agent.state.shmem import content_to_send
-from agent.tracker.base import DirtySet, SharedKey, Tracker, Witness
+from agent.tracker.base import DirtySet, Foresighted, SharedKey, Tracker, Witness
 from agent.tracker.layout import Layout, classify
 from protocol.codec import Buffer
 from protocol.framing import FrameDecoder
@@ -43,9 +44,11 @@ class Replica:
         self.ids: dict[SharedKey, int] = {}
         self.sender = PageSender(self.take)
         self.bytes_received = 0
+        self.executor = ThreadPoolExecutor(1)
 
     def close(self) -> None:
         self.sender.close()
+        self.executor.shutdown()
 
     def take(self, buffers: list[Buffer]) -> None:
         """Receive one frame."""
@@ -69,6 +72,8 @@ class Replica:
 
     def round(self, *, final: bool) -> DirtySet:
         """Have the tracker look, and take what it found, as agent.rounds does."""
+        if final and isinstance(self.tracker, Foresighted):
+            self.tracker.look_ahead(self.executor)
         dirty = self.tracker.collect(final=final)
         self.take_round(dirty, final=final)
         return dirty

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import pytest
 
@@ -18,17 +17,17 @@ from agent.tracker.softdirty import SoftDirtyTracker, require_soft_dirty
 
 def test_kernel_without_the_bits_is_refused_by_name() -> None:
     reasons = {"has_soft_dirty": "kernel built without CONFIG_MEM_SOFT_DIRTY"}
-    features = replace(kernel_features(), has_soft_dirty=False, reasons=reasons)
+    features = kernel_features()._replace(has_soft_dirty=False, reasons=reasons)
     with pytest.raises(SetupError, match="soft-dirty: kernel built without CONFIG_MEM_SOFT_DIRTY"):
         require_soft_dirty(features)
 
 
 def test_kernel_with_the_bits_is_accepted() -> None:
-    require_soft_dirty(replace(kernel_features(), has_soft_dirty=True))
+    require_soft_dirty(kernel_features()._replace(has_soft_dirty=True))
 
 
 def test_refusal_comes_before_anything_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
-    lacking = replace(kernel_features(), has_soft_dirty=False)
+    lacking = kernel_features()._replace(has_soft_dirty=False)
     monkeypatch.setattr(softdirty, "kernel_features", lambda: lacking)
     before = os.listdir("/proc/self/fd")
     with pytest.raises(SetupError):

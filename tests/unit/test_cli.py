@@ -89,14 +89,49 @@ def test_every_option_has_a_help_text() -> None:
         assert [action.dest for action in parser._actions if not action.help] == []
 
 
+SLOW = frozenset(
+    {"asyncio", "hashlib", "pkgutil", "random", "shutil", "socket", "ssl", "subprocess", "uuid", "zstandard"}
+)
+"""Modules of others that take long to import, or bring many more."""
+
+
+def imported(code: str, *arguments: object) -> set[str]:
+    """The modules that a fresh Python has after some code."""
+    code += "\nprint(*sys.modules, file=sys.stderr)"
+    # Without site, which imports what editable packages and debuggers want.
+    argv = [sys.executable, "-S", "-c", f"import sys; sys.path += {sys.path!r}\n{code}", *map(str, arguments)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True)
+    return set(done.stderr.split())
+
+
 def test_nothing_slow_is_imported_for_help() -> None:
-    code = (
-        "import sys; from agent.cli import send, recv; send.build_parser(); recv.build_parser();"
-        "print([n for n in ('socket', 'ssl', 'ctypes', 'subprocess', 'msgpack', 'zstandard',"
-        " 'agent.source', 'agent.destination', 'logging', 'json') if n in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True)
-    assert done.stdout == "[]\n", done.stderr
+    found = imported("from agent.cli import send, recv; [cli.main(['--help']) for cli in (send, recv)]")
+    assert not found & {*SLOW, "ctypes", "dataclasses", "inspect", "json", "logging", "msgpack"}
+    ours = {name for name in found if name.partition(".")[0] in ("agent", "protocol")}
+    assert ours == {
+        "agent", "agent.address", "agent.errors", "agent.options", "agent.types", "agent.version",
+        "agent.cli", "agent.cli.options", "agent.cli.recv", "agent.cli.send",
+    }  # fmt: skip
+
+
+def test_check_imports_what_it_looks_at_and_no_more() -> None:
+    nothing = subprocess.DEVNULL
+    with subprocess.Popen(["sleep", "60"], stdin=nothing, stdout=nothing, stderr=nothing) as program:
+        try:
+            found = imported("from agent.cli.send import main; main()", "--check", program.pid)
+        finally:
+            program.kill()
+    assert "agent.state.chardev" in found  # /dev/null
+    assert not found & SLOW
+    assert not found & {f"agent.state.{name}" for name in ("inetsk", "unixsk", "epoll", "pipe", "timerfd", "signalfd")}
+    for name in ("messages", "session", "framing", "pages", "sections", "state.bodies", "state.thread"):
+        assert f"protocol.{name}" not in found
+    for name in ("hostfacts", "pages", "target", "tracker.scan", "source", "destination", "warmup", "net"):
+        assert f"agent.{name}" not in found
+
+
+def test_neither_side_imports_what_few_addresses_need() -> None:
+    assert not imported("import agent.source, agent.destination") & {"ssl", "subprocess", "agent.pipes", "agent.tls"}
 
 
 def test_reader_of_the_help_may_go_away() -> None:

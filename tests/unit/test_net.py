@@ -311,7 +311,7 @@ def test_full_disk_is_a_transfer_error() -> None:
 ECHO = """
 import sys
 from agent.channel import PeerGone
-from agent.net import StdioChannel
+from agent.pipes import StdioChannel
 channel = StdioChannel()
 print("a stray print")
 sys.stdout.flush()

@@ -35,7 +35,7 @@ from tools.benchmark.page import render
 from tools.benchmark.run import BenchError, measure
 from tools.benchmark.scenarios import SETS, Scenario, expand
 from tools.benchmark.shaping import NoShaping
-from tools.benchmark.startup import measure_startup, startup_text
+from tools.benchmark.startup import compile_agents, measure_startup, startup_text
 
 FORMAT = 1
 """Of the JSON file."""
@@ -153,6 +153,7 @@ def run_all(arguments: argparse.Namespace) -> int:
     # Ended, by whatever signal, it takes along what it started.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     document: dict[str, Any] = {"about": about_this_run(arguments), "results": [], "not_measured": [], "startup": {}}
+    compile_agents()
     document["startup"] = measure_startup(SMOKE_STARTUP_RUNS if arguments.smoke else STARTUP_RUNS)
     print(startup_text(document["startup"]))
     print(table.header(), flush=True)

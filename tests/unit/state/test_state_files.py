@@ -7,16 +7,17 @@ from typing import Any
 
 import pytest
 
-from agent.state.files import decode_items
+from agent.state.fileitems import decode_items
 from agent.state.openfile import Description
 from agent.state.registry import FILE_KINDS
 from agent.state.sockopts import OPTIONS
 from protocol import codec
 from protocol.errors import RemoteProtocolError
+from protocol.state.bodies import FILE_BODIES
 from protocol.state.chardev import CharDevice
 from protocol.state.epoll import Epoll, EpollItem
 from protocol.state.eventfd import EventFd
-from protocol.state.files import FILE_BODIES, FdEntry, FilesState, OpenFile
+from protocol.state.files import FdEntry, FilesState, OpenFile
 from protocol.state.inetsk import InetAddress, InetSocket, InetState
 from protocol.state.pipe import PipeEnd
 from protocol.state.regfile import RegularFile
@@ -61,6 +62,7 @@ def test_bodies_survive_the_wire(kind: str) -> None:
 
 def test_every_kind_has_a_schema_and_a_way_back() -> None:
     assert FILE_KINDS.keys() == FILE_BODIES.keys()
+    assert [kind.name for kind in FILE_KINDS.values()] == list(FILE_KINDS)
 
 
 def test_an_unknown_kind_is_named() -> None:

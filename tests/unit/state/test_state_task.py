@@ -23,7 +23,8 @@ from agent.state.thread import fit_xstate, likeness, pack_variables
 from agent.state.timers import check_timers, settle_expired
 from protocol.codec import decode, encode
 from protocol.errors import RemoteProtocolError
-from protocol.state import KINDS, decode_section, encode_section
+from protocol.sections import decode_section, encode_section
+from protocol.state import KINDS
 from protocol.state.creds import CredState
 from protocol.state.limits import NR_LIMITS, LimitsState, ResourceLimit
 from protocol.state.process import ProcessState
@@ -318,8 +319,7 @@ def test_credentials_like_the_agents_own_are_no_obstacle() -> None:
 
 
 def test_unprivileged_agent_cannot_restore_another_user() -> None:
-    here = dataclasses.replace(
-        parse_status(read_bytes("/proc/self/status")),
+    here = parse_status(read_bytes("/proc/self/status"))._replace(
         uids=(1000,) * 4,
         cap_eff=0,
         cap_prm=0,

@@ -10,7 +10,7 @@ import pytest
 from protocol import codec
 from protocol.errors import RemoteProtocolError
 from protocol.messages import StateSection
-from protocol.state import decode_section, encode_section
+from protocol.sections import decode_section, encode_section
 from protocol.state.vma import BackingFile, LayoutColumns, LayoutState, VmaKind, VmaState
 
 _FILES = tuple(BackingFile(path=f"/lib/{name}", size=9, mtime_ns=7, mode=0o755) for name in "ab")

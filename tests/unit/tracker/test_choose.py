@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from agent.errors import SetupError, UsageError
@@ -29,10 +27,10 @@ EVERYTHING = KernelFeatures(
     has_uffd_wp_unpopulated=True,
     uffd_features=uffd.UFFD_FEATURES_LOG | uffd.UFFD_FEATURES_SCAN,
 )
-NO_ASYNC = replace(
-    EVERYTHING, has_uffd_wp_async=False, reasons={"has_uffd_wp_async": "an old kernel"}
+NO_ASYNC = EVERYTHING._replace(
+    has_uffd_wp_async=False, reasons={"has_uffd_wp_async": "an old kernel"}
 )
-NEITHER = replace(NO_ASYNC, has_soft_dirty=False)
+NEITHER = NO_ASYNC._replace(has_soft_dirty=False)
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +75,7 @@ def test_synchronous_trackers_need_no_asynchronous_protection(name: str) -> None
 
 @pytest.mark.parametrize("name", ["log", "bitmap"])
 def test_missing_event_is_named(name: str) -> None:
-    poor = replace(EVERYTHING, uffd_features=~uffd.UFFD_FEATURE_EVENT_UNMAP & (1 << 64) - 1)
+    poor = EVERYTHING._replace(uffd_features=~uffd.UFFD_FEATURE_EVENT_UNMAP & (1 << 64) - 1)
     with pytest.raises(SetupError, match=f"Cannot track memory by {name}: userfaultfd lacks features 0x40"):
         choose_tracker(name, poor)
 

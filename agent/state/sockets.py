@@ -1,0 +1,64 @@
+"""What all sockets share: which kind of file one is, and how to look at it through a descriptor of the agent's.
+
+Source: socket(7).
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from agent.state.openfile import Description, DumpJob
+
+
+@contextmanager
+def opened(fd: int, family: int, kind: int, protocol: int) -> Iterator[socket.socket]:
+    """Lend a socket object for an agent descriptor; the descriptor stays its owner's."""
+    sock = socket.socket(family, kind, protocol, fileno=fd)
+    try:
+        yield sock
+    finally:
+        sock.detach()
+
+
+def kind_of_socket(job: DumpJob, desc: Description) -> str:
+    """Return the name of the kind of a socket, or "" after recording why it cannot be carried."""
+    fd = job.fetch(desc)
+    family, kind, protocol = job.memo[f"socket {desc.fd}"] = socket_identity(fd)
+    if family == socket.AF_UNIX:
+        return "unix"
+    if family in (socket.AF_INET, socket.AF_INET6):
+        carried = {
+            (socket.SOCK_STREAM, socket.IPPROTO_TCP),
+            (socket.SOCK_DGRAM, socket.IPPROTO_UDP),
+            (socket.SOCK_DGRAM, 136),  # IPPROTO_UDPLITE
+        }
+        if (kind, protocol) in carried:
+            return "inet"
+    try:
+        named = socket.AddressFamily(family).name
+    except ValueError:
+        named = f"address family {family}"
+    hint = "have the process close it, or use --external fd[N]"
+    if family == socket.AF_NETLINK:
+        hint = "netlink sockets talk to this host's kernel; have the process close it"
+    job.refuse(
+        desc, "socket", f"{named} socket of type {kind}, protocol {protocol} cannot be carried", hint
+    )
+    return ""
+
+
+def socket_identity(fd: int) -> tuple[int, int, int]:
+    """Return family, type and protocol of a socket given an agent descriptor.
+
+    :raises OSError: it is none; the descriptor is left open in any case.
+    """
+    with opened(fd, socket.AF_UNIX, socket.SOCK_STREAM, 0) as sock:
+        words = [
+            sock.getsockopt(socket.SOL_SOCKET, option, 4)
+            for option in (socket.SO_DOMAIN, socket.SO_TYPE, socket.SO_PROTOCOL)
+        ]
+    family, kind, protocol = (struct.unpack("i", word)[0] for word in words)
+    return family, kind, protocol

@@ -17,7 +17,7 @@ from agent.machine import require_machine
 from agent.options import SendOptions
 from agent.procfs.maps import MapsEntry, parse_maps, read_maps
 from agent.procfs.numa import read_policy_nodes
-from agent.procfs.smaps import read_vm_flags
+from agent.procfs.smaps import each_vm_flags
 from agent.procfs.status import read_status
 from agent.report import Reporter
 from agent.spaces import FIRST_OBJECT_SPACE
@@ -84,7 +84,7 @@ class Target:
 
     def vm_flags(self) -> dict[int, frozenset[str]]:
         """VmFlags of every mapping by its start. Walks the page tables: not for the freeze."""
-        return {entry.start: entry.flags for entry in read_vm_flags(self.pid)}
+        return {start: flags for start, _end, flags in each_vm_flags(self.pid)}
 
     def learn_policies(self) -> None:
         """Look for memory policies. Walks the page tables: not for the freeze."""

@@ -51,11 +51,9 @@ def _interleave(starts: Iterable[int], ends: Iterable[int]) -> array[int]:
 
 def _normalized(pairs: array[int]) -> array[int]:
     """Sort and coalesce; what is so already comes back itself."""
-    starts, ends = pairs[0::2], pairs[1::2]
-    if not starts:
-        return array("Q")
-    if all(map(operator.lt, starts, ends)) and all(map(operator.lt, ends, starts[1:])):
+    if _is_rising(pairs):
         return pairs
+    starts, ends = pairs[0::2], pairs[1::2]
     if len(starts) > PIECE_RANGES:
         return _normalized_by_halves(pairs)
     if not all(map(operator.le, starts, ends)):
@@ -64,6 +62,14 @@ def _normalized(pairs: array[int]) -> array[int]:
     first = sorted(itertools.compress(starts, keep))
     last = sorted(itertools.compress(ends, keep))
     return _union_sorted(first, last)
+
+
+def _is_rising(pairs: array[int]) -> bool:
+    for low in range(0, len(pairs), 2 * PIECE_RANGES):
+        piece = pairs[low : low + 2 * PIECE_RANGES + 1]
+        if not all(map(operator.lt, piece, piece[1:])):
+            return False
+    return True
 
 
 def _normalized_by_halves(pairs: array[int]) -> array[int]:
@@ -187,9 +193,14 @@ class RangeSet:
         return made
 
     @classmethod
+    def owning(cls, pairs: array[int]) -> RangeSet:
+        """Make one from what the constructor takes, without a copy: the array is the set's from now on."""
+        return cls._of(_normalized(pairs))
+
+    @classmethod
     def of(cls, ranges: Iterable[tuple[int, int]]) -> RangeSet:
         """Make one from (start, end) tuples."""
-        return cls(array("Q", itertools.chain.from_iterable(ranges)))
+        return cls.owning(array("Q", itertools.chain.from_iterable(ranges)))
 
     @property
     def pairs(self) -> array[int]:
@@ -220,7 +231,11 @@ class RangeSet:
         self._settle()
 
     def update(self, other: RangeSet) -> None:
-        self._pending.extend(other.pairs)
+        pairs = other.pairs
+        if not self._pending and pairs and (not self._pairs or self._pairs[-1] <= pairs[0]):
+            _append(self._pairs, pairs)
+            return
+        self._pending.extend(pairs)
         self._settle()
 
     def _settle(self) -> None:

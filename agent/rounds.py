@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
+import operator
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 
 from agent.check import Target
@@ -56,7 +58,7 @@ class RoundSender:
         self._flags_text = b""
         self._sent_flags: Mapping[int, frozenset[str]] = self._flags
         self._sent_policies: Mapping[int, Policy] = {}
-        self._flagged: set[tuple[int, str, str]] = set()
+        self._flagged: Sequence[MapsEntry] = ()
 
     def learn_flags(self) -> None:
         """Read the VmFlags of all mappings, and whether there are memory policies, while the target runs.
@@ -74,14 +76,19 @@ class RoundSender:
         flags = self._target.vm_flags()
         if flags != self._flags:
             self._flags = flags
-        self._flagged = {(entry.start, entry.perms, entry.path) for entry in entries}
+        self._flagged = entries
 
     def _need_flags(self, dirty: DirtySet) -> None:
         """Make sure that the flags of these mappings are known: one that only grew has what it had."""
-        if dirty.maps_text != self._flags_text and not all(
-            (entry.start, entry.perms, entry.path) in self._flagged for entry in dirty.maps
-        ):
-            self._read_flags(dirty.maps)
+        if dirty.maps_text == self._flags_text:
+            return
+        # Lines that did not change gave the same entries: only what lies between the first and the last change differs.
+        before, now = self._flagged, dirty.maps
+        head = _nr_same(before, now)
+        tail = min(_nr_same(reversed(before), reversed(now)), len(before) - head, len(now) - head)
+        seen = {(e.start, e.perms, e.path) for e in before[head : len(before) - tail]}
+        if not all((e.start, e.perms, e.path) in seen for e in now[head : len(now) - tail]):
+            self._read_flags(now)
 
     def watch_open_objects(self) -> None:
         """Have the tracker watch the shared objects that the target has open, mapped or not."""
@@ -211,3 +218,8 @@ class RoundSender:
 
     def _witnessed(self, key: SharedKey | None) -> OnRead | None:
         return functools.partial(self._witness.delivered, key) if self._witness is not None else None
+
+
+def _nr_same(left: Iterable[object], right: Iterable[object]) -> int:
+    """Return how many are the same objects, one by one, before the first that is not."""
+    return sum(1 for _ in itertools.takewhile(bool, map(operator.is_, left, right)))

@@ -31,7 +31,7 @@ def warm_up() -> None:
     for message in get_args(Message):
         codec.prepare(message)
     for kind in KINDS.values():
-        codec.prepare(kind.schema)
+        codec.prepare(kind.wire)
     for schema in FILE_BODIES.values():
         codec.prepare(schema)
     list(FILE_KINDS.values())  # Imports them.

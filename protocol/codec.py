@@ -65,7 +65,10 @@ def encode(obj: object) -> bytes:
         raise TypeError(f"{cls.__name__} is not a dataclass")
     try:
         wire = _encoder(cls)(obj)
-        packed: bytes = msgpack.packb(wire, use_bin_type=True, unicode_errors="surrogateescape")
+        # Nested records are turned into maps one by one, when their turn comes: of tens of thousands, none stays.
+        packed: bytes = msgpack.packb(
+            wire, default=_inner_to_wire, use_bin_type=True, unicode_errors="surrogateescape"
+        )
     except (_Mismatch, ValueError, TypeError, OverflowError, RecursionError) as err:
         raise LocalProtocolError(f"Cannot encode {cls.__name__}: {err}") from err
     return packed
@@ -267,6 +270,18 @@ def _sequence(kind: Any, made: Any, item: _Convert, exact: type | None) -> _Conv
     return convert
 
 
+def _records_from_wire(made: Any, item: _Convert) -> _Convert:
+    def convert(value: Any) -> Any:
+        if type(value) is not list:
+            raise _Mismatch(f"expected list, got {_show(value)}")
+        # In place: the map of one record makes room for the next record.
+        for index, part in enumerate(value):
+            value[index] = item(part)
+        return value if made is list else made(value)
+
+    return convert
+
+
 def _fixed(kind: Any, made: Any, items: tuple[_Convert, ...]) -> _Convert:
     def convert(value: Any) -> Any:
         if type(value) is not kind or len(value) != len(items):
@@ -315,10 +330,14 @@ def _build(hint: Any, *, decoding: bool, lenient: bool) -> _Convert:
         if len(inner) == 1 and len(args) == 2:
             return _optional(build(inner[0]), _exact(inner[0]))
     elif origin is list:
+        if decoding and dataclasses.is_dataclass(args[0]):
+            return _records_from_wire(list, build(args[0]))
         return _sequence(list, list, build(args[0]), _exact(args[0]))
     elif origin is tuple:
         kind, made = (list, tuple) if decoding else (tuple, list)
         if len(args) == 2 and args[1] is Ellipsis:
+            if decoding and dataclasses.is_dataclass(args[0]):
+                return _records_from_wire(tuple, build(args[0]))
             return _sequence(kind, made, build(args[0]), _exact(args[0]))
         return _fixed(kind, made, tuple(build(arg) for arg in args))
     elif origin is dict and _plain(args[0]) in (int, str):
@@ -339,12 +358,18 @@ def _record_from_wire(cls: Any, lenient: bool) -> _Convert:
 
 def _record_to_wire(cls: Any) -> _Convert:
     def convert(value: Any) -> Any:
-        kind: Any = type(value)
-        if kind is not cls:
+        if type(value) is not cls:
             raise _Mismatch(f"expected {cls.__name__}, got {_show(value)}")
-        return _encoder(kind)(value)
+        return value
 
     return convert
+
+
+def _inner_to_wire(value: Any) -> dict[str, Any]:
+    # What msgpack has no form for itself; only records get here.
+    kind: Any = type(value)
+    wire: dict[str, Any] = _encoder(kind)(value)
+    return wire
 
 
 @functools.cache

@@ -32,7 +32,7 @@ def encode_section(kind: str | StateKind, owner_id: int, obj: object) -> StateSe
             minimum_version_id=known.minimum_version_id,
             required=known.required,
             owner_id=owner_id,
-            body=codec.encode(obj),
+            body=codec.encode(obj if known.wire is known.schema else known.wire.of(obj)),
         )
     except ValueError as err:
         raise LocalProtocolError(f"Cannot make a section of kind {name!r}: {err}") from err
@@ -48,7 +48,11 @@ def decode_section(section: StateSection) -> Any:
     problem = _why_unreadable(section, known)
     if problem is None and known is not None:
         newer = section.version_id > known.version_id
-        return codec.decode(known.schema, section.body, ignore_unknown=newer)
+        found = codec.decode(known.wire, section.body, ignore_unknown=newer)
+        try:
+            return found if known.wire is known.schema else found.whole()
+        except ValueError as err:
+            raise RemoteProtocolError(f"{known.wire.__name__}: {err}") from err
     if section.required:
         raise RemoteProtocolError(f"Cannot read required section {section.kind!r}: {problem}")
     return None
@@ -75,5 +79,10 @@ def _why_unreadable(section: StateSection, known: StateKind | None) -> str | Non
         return (
             f"version {section.version_id} needs a reader of version "
             f"{section.minimum_version_id}, this one is {known.version_id}"
+        )
+    if section.version_id < known.oldest_version_id:
+        return (
+            f"version {section.version_id} is of an older Ferry, the oldest that this one reads is "
+            f"{known.oldest_version_id}"
         )
     return None

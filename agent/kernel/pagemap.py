@@ -12,7 +12,7 @@ import ctypes
 import errno
 import os
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from ctypes import addressof, c_int, c_uint64, c_ulong, c_void_p, sizeof
 from types import TracebackType
 from typing import Final
@@ -43,6 +43,8 @@ PM_UFFD_WP: Final = 1 << 57
 
 DEFAULT_VEC_LEN: Final = 8192
 """Regions a scan can return per ioctl (192 KiB): few calls for scattered memory, still warm in L2."""
+MUCH: Final = 3 * DEFAULT_VEC_LEN
+"""Words of what was found that are handed over at once."""
 
 
 class page_region(ctypes.Structure):
@@ -170,10 +172,12 @@ class PagemapScanner:
         category_inverted: int = 0,
         category_anyof_mask: int = 0,
         return_mask: int,
+        into: Callable[[array[int]], object] | None = None,
     ) -> tuple[array[int], list[tuple[int, int]]]:
         """Scan several ranges, in order, with little between the system calls.
 
-        Returns what scan() does, and those of the ranges that it would raise PermissionError for.
+        Returns what scan() does, and those of the ranges that it would raise PermissionError for. `into` is given what
+        has been found whenever that is much, and it is not returned then; a region may be cut in two there.
         """
         arg, fd, address = self._arg, self.fd, self._address
         arg.flags = flags
@@ -195,6 +199,9 @@ class PagemapScanner:
                     break
                 if nr:
                     self._append(found, nr)
+                    if into is not None and len(found) >= MUCH:
+                        into(found)
+                        found = array("Q")
                 start = arg.walk_end
         return found, refused
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import re
+import sys
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 from agent.procfs.files import read_bytes
@@ -91,14 +93,7 @@ class FileLock(NamedTuple):
 
 def parse_fdinfo(data: bytes) -> FdInfo:
     """Parse the text of a fdinfo file."""
-    lines: list[tuple[str, str]] = []
-    for line in os.fsdecode(data).split("\n"):
-        if line.startswith("inotify "):
-            lines.append(("inotify", line[8:]))
-            continue
-        name, colon, text = line.partition(":")
-        if colon:
-            lines.append((name, text.strip(" \t")))
+    lines = [found for line in os.fsdecode(data).split("\n") if (found := _parse_line(line)) is not None]
     first = dict(reversed(lines))
     return FdInfo(
         pos=int(first.get("pos", "0")),
@@ -107,6 +102,15 @@ def parse_fdinfo(data: bytes) -> FdInfo:
         ino=int(first.get("ino", "0")),
         lines=tuple(lines),
     )
+
+
+# All but the inode number is the same in most of thousands of them, and kept for each.
+@lru_cache(maxsize=256)
+def _parse_line(line: str) -> tuple[str, str] | None:
+    if line.startswith("inotify "):
+        return "inotify", line[8:]
+    name, colon, text = line.partition(":")
+    return (sys.intern(name), text.strip(" \t")) if colon else None
 
 
 def read_fdinfo(pid: int, fd: int) -> FdInfo:

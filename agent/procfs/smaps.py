@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple
 
 from agent.procfs.files import read_bytes, read_lines
@@ -41,12 +41,11 @@ _LINE: Final = re.compile(_HEAD + rb"|^(\w+): +(\d+)( kB)?$|^VmFlags:(.*)$", re.
 
 def parse_vm_flags(data: bytes) -> list[VmFlags]:
     """Parse only what read_vm_flags() returns from the text of smaps."""
-    return _parse_vm_flags((data,))
+    return list(_parse_vm_flags((data,)))
 
 
-def _parse_vm_flags(pieces: Iterable[bytes]) -> list[VmFlags]:
+def _parse_vm_flags(pieces: Iterable[bytes]) -> Iterator[VmFlags]:
     # Whole lines; a mapping may begin in one piece and end in another.
-    result: list[VmFlags] = []
     known: dict[bytes, frozenset[str]] = {}
     start = end = 0
     keyed = b""
@@ -60,8 +59,7 @@ def _parse_vm_flags(pieces: Iterable[bytes]) -> list[VmFlags]:
         flags += keyed
         if flags not in known:
             known[flags] = frozenset(flags.decode().split())
-        result.append(VmFlags(start, end, known[flags]))
-    return result
+        yield VmFlags(start, end, known[flags])
 
 
 def parse_smaps(data: bytes) -> list[SmapsEntry]:
@@ -89,6 +87,11 @@ def read_vm_flags(pid: int) -> list[VmFlags]:
 
     :raises ProcessLookupError: the process is gone.
     """
+    return list(each_vm_flags(pid))
+
+
+def each_vm_flags(pid: int) -> Iterator[VmFlags]:
+    """Yield what read_vm_flags() returns, as it is read."""
     # 700 bytes a mapping: tens of thousands of them are not held as text.
     return _parse_vm_flags(read_lines(f"/proc/{pid}/smaps"))
 

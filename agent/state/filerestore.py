@@ -46,6 +46,8 @@ _log = logging.getLogger(__name__)
 FD_CLOEXEC = 1
 SPARE_FDS = 64
 """Numbers that the skeleton may need beside those of the process while it is built."""
+NUMBERS_AT_ONCE = 1 << 11
+"""How many numbers of a new table are made together: each may take three calls, of half a kilobyte of the agent."""
 MAX_MISSED = 8
 """How many files of one kind may turn out impossible to make ahead, before the others are left for the end too."""
 
@@ -231,24 +233,42 @@ class FileRestorer:
             self._add_clearing(batch)
         if self._touched:
             self._add_limit(batch, max(self._touched))
-        taken = self._add_changes(batch, entries)
+        *before, last = self._take_touched()
+        for numbers in before:
+            self._run_taking(batch, self._add_changes(batch, entries, numbers))
+            batch = Batch()
+        taken = self._add_changes(batch, entries, last)
         for name, kind in FILE_KINDS.items():
             if kind.install is not None and name in items:
                 kind.install(self._job, items[name], batch)
+        self._run_taking(batch, taken)
+        while self._job.after:
+            self._job.after.pop(0)()
+
+    def _take_touched(self) -> list[list[int]]:
+        """Return the touched numbers, none of which is from now on, in portions to be made one after another.
+
+        What stands at the numbers of one may be needed for those of another: a table that has any is changed at once.
+        """
+        numbers = sorted(self._touched)
+        self._touched.clear()
+        size = len(numbers) if self._standing else NUMBERS_AT_ONCE
+        return [numbers[low : low + size] for low in range(0, len(numbers), size or 1)] or [[]]
+
+    def _run_taking(self, batch: Batch, taken: Mapping[int, Call]) -> None:
         self._run(batch)
         for slot, call in taken.items():
             if call.value != slot:
                 raise RestoreError(f"Cannot install files: fd {slot} of the skeleton was not free")
-        while self._job.after:
-            self._job.after.pop(0)()
 
-    def _add_changes(self, batch: Batch, entries: Mapping[int, FdEntry]) -> dict[int, Call]:
-        """Add the calls that make the touched numbers of the table that stands as in ``entries``.
+    def _add_changes(
+        self, batch: Batch, entries: Mapping[int, FdEntry], touched: Sequence[int]
+    ) -> dict[int, Call]:
+        """Add the calls that make the ``touched`` numbers, in order, of the table that stands as in ``entries``.
 
         Returns those that take a file, by the number that it comes to stand at first.
         """
         job, standing = self._job, self._standing
-        touched = sorted(self._touched)
         closed = [
             fd
             for fd in touched
@@ -301,7 +321,6 @@ class FileRestorer:
             elif fd != homes[entry.file_id]:
                 flags = O_CLOEXEC if entry.cloexec else 0
                 batch.call(nr.NR_dup3, homes[entry.file_id], fd, flags, name="dup3")
-        self._touched.clear()
         return taken
 
     def start(self, *, elapsed_ns: int = 0) -> None:

@@ -19,6 +19,7 @@ Addresses are target addresses in bytes.
 from __future__ import annotations
 
 import enum
+from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ from agent.kernel.mman import (
 )
 from agent.kernel.prctl import PR_SET_VMA, PR_SET_VMA_ANON_NAME
 from agent.pages.keep import KeptPages
-from agent.procfs.maps import MapsEntry, parse_maps, read_maps
+from agent.procfs.maps import parse_bounds, read_maps
 from agent.ranges import RangeSet
 from agent.state.mempolicy import policy_call
 from agent.state.vma import ADVICE_BY_FLAG, MAP_FLAGS, plain
@@ -52,6 +53,8 @@ from protocol.state.vma import BackingFile, LayoutState, VmaKind, VmaState
 
 MAX_TAKEN_FDS = 32
 """Descriptors that the skeleton has open at a time: many mappings show one file, and a limit may be low."""
+CALLS_AT_ONCE = 1 << 11
+"""Calls of a layout that run together: each takes half a kilobyte of the agent, and there may be 100,000."""
 _RW = PROT_READ | PROT_WRITE
 _FINISHED_FLAGS = ADVICE_BY_FLAG.keys() | {"lo", "sl"}
 
@@ -78,9 +81,12 @@ class Part:
 
 @dataclass(slots=True)
 class Plan:
-    """How one layout becomes another. Parts of a wanted mapping cover it; all lists are in address order."""
+    """How one layout becomes another; all lists are in address order.
 
-    wanted: list[tuple[VmaState, list[Part]]]
+    The parts of a wanted mapping cover it; there are none where nothing of use is there.
+    """
+
+    wanted: list[tuple[VmaState, Sequence[Part]]]
     unmap: list[tuple[int, int]]
 
     @property
@@ -95,10 +101,16 @@ class Plan:
 
 def make_plan(before: LayoutState, after: LayoutState) -> Plan:
     """Compare two layouts; mappings that are in both do not appear."""
-    old, new = set(before.vmas), set(after.vmas)
-    gone = [vma for vma in plain(before.vmas) if _file_moved(vma, before, after) or vma not in new]
-    come = [vma for vma in plain(after.vmas) if _file_moved(vma, after, before) or vma not in old]
-    wanted: list[tuple[VmaState, list[Part]]] = []
+    old = {vma.start: vma for vma in plain(before.vmas)}
+    come = []
+    for vma in plain(after.vmas):
+        if old.get(vma.start) == vma and not _file_moved(vma, before, after):
+            del old[vma.start]
+        else:
+            come.append(vma)
+    gone = list(old.values())
+    del old
+    wanted: list[tuple[VmaState, Sequence[Part]]] = []
     index = 0
     for vma in come:
         while index < len(gone) and gone[index].end <= vma.start:
@@ -115,9 +127,9 @@ def make_plan(before: LayoutState, after: LayoutState) -> Plan:
                 parts.append(Part(position, start, Fate.MAP))
             parts.append(Part(start, end, _fate(rest, vma), rest))
             position = end
-        if position < vma.end:
+        if parts and position < vma.end:
             parts.append(Part(position, vma.end, Fate.MAP))
-        wanted.append((vma, parts))
+        wanted.append((vma, parts or ()))
     kept = RangeSet.of(
         (part.start, part.end) for _, parts in wanted for part in parts if part.fate is Fate.KEEP
     )
@@ -202,13 +214,8 @@ class LayoutMirror:
             kept.save(RangeSet.of(plan.remade))
         self._built = layout
         self._unfinished = [vma for vma in plain(layout.vmas) if _needs_finish(vma)]
-        batch = Batch()
-        builder = _Builder(batch, layout.files, self._agent_pidfd, self._agent_fd, self._memory_fd)
-        for start, end in plan.unmap:
-            batch.call(nr.NR_munmap, start, end - start, name="munmap")
+        builder = _Builder(self._run, layout.files, self._agent_pidfd, self._agent_fd, self._memory_fd)
         builder.build(plan)
-        if len(batch):
-            self._run(batch)
         kept.put()
         anonymous = [vma for vma, _ in plan.wanted if is_private_anonymous(vma)]
         if anonymous and not self._weld(anonymous, all_pieces=False):
@@ -216,11 +223,11 @@ class LayoutMirror:
 
     def _weld(self, vmas: Sequence[VmaState], *, all_pieces: bool) -> bool:
         # Join what the skeleton has in several VMAs: the largest stays (or none), the rest is made anew beside it.
-        torn = find_torn(vmas, parse_maps(read_maps(self._pid)))
+        torn = find_torn(vmas, parse_bounds(read_maps(self._pid)))
         if not torn:
             return True
         kept = KeptPages(self._pid)
-        batch, after = Batch(), Batch()
+        calls = _Calls(self._run)
         for vma, pieces in torn:
             largest = max(pieces, key=lambda piece: piece[1] - piece[0])
             anew = pieces if all_pieces else [piece for piece in pieces if piece != largest]
@@ -228,16 +235,18 @@ class LayoutMirror:
             prot = open_protection(vma)
             if not all_pieces and prot != vma.prot:
                 start, end = largest
-                batch.call(nr.NR_mprotect, start, end - start, prot, name="mprotect")
+                calls.batch.call(nr.NR_mprotect, start, end - start, prot, name="mprotect")
             for start, end in RangeSet.of(anew):
-                _map_anonymous(batch, vma, start, end, prot)
-            if prot != vma.prot:
-                length = vma.end - vma.start
-                after.call(nr.NR_mprotect, vma.start, length, vma.prot, name="mprotect")
-        self._run(batch)
+                _map_anonymous(calls.batch, vma, start, end, prot)
+            calls.run_many()
+        calls.run()
         kept.put()
-        if len(after):
-            self._run(after)
+        for vma, _ in torn:
+            if open_protection(vma) != vma.prot:
+                length = vma.end - vma.start
+                calls.batch.call(nr.NR_mprotect, vma.start, length, vma.prot, name="mprotect")
+                calls.run_many()
+        calls.run()
         return False
 
     def finish(self, batch: Batch, guards: Iterable[tuple[int, int]]) -> None:
@@ -271,20 +280,17 @@ def _needs_finish(vma: VmaState) -> bool:
     return bool(vma.name or vma.policy or not _FINISHED_FLAGS.isdisjoint(vma.flags))
 
 
-def find_torn(
-    vmas: Sequence[VmaState], entries: Sequence[MapsEntry]
-) -> list[tuple[VmaState, list[tuple[int, int]]]]:
-    """Return the mappings that are several VMAs in ``entries``, each with its pieces."""
-    starts = [entry.start for entry in entries]
+def find_torn(vmas: Sequence[VmaState], bounds: array[int]) -> list[tuple[VmaState, list[tuple[int, int]]]]:
+    """Return the mappings that are several VMAs, each with its pieces; ``bounds`` are those of all VMAs, flat."""
+    starts, ends = bounds[0::2], bounds[1::2]
     torn = []
     for vma in vmas:
         index = bisect_right(starts, vma.start) - 1
-        if index < 0 or entries[index].end >= vma.end:
+        if index < 0 or ends[index] >= vma.end:
             continue
         pieces = []
-        while index < len(entries) and entries[index].start < vma.end:
-            entry = entries[index]
-            pieces.append((max(entry.start, vma.start), min(entry.end, vma.end)))
+        while index < len(starts) and starts[index] < vma.end:
+            pieces.append((max(starts[index], vma.start), min(ends[index], vma.end)))
             index += 1
         torn.append((vma, pieces))
     return torn
@@ -306,18 +312,42 @@ def _map_flags(vma: VmaState) -> int:
     return flags
 
 
+class _Calls:
+    """Calls that are made in order, many at a time but never all."""
+
+    def __init__(self, run: Callable[[Batch], None]) -> None:
+        self._run = run
+        self.batch = Batch()
+
+    @property
+    def are_many(self) -> bool:
+        """Whether it is time to run what is in the batch."""
+        return len(self.batch) >= CALLS_AT_ONCE
+
+    def run_many(self) -> None:
+        """Run what is in the batch if there is much."""
+        if self.are_many:
+            self.run()
+
+    def run(self) -> None:
+        """Run what is in the batch; calls after it cannot use results of those before."""
+        if len(self.batch):
+            batch, self.batch = self.batch, Batch()
+            self._run(batch)
+
+
 class _Builder:
-    """Adds the calls of one plan to one batch."""
+    """Makes the calls of one plan."""
 
     def __init__(
         self,
-        batch: Batch,
+        run: Callable[[Batch], None],
         files: Sequence[BackingFile],
         agent_pidfd: int,
         agent_fd: Callable[[VmaState, BackingFile | None], int],
         memory_fd: int,
     ) -> None:
-        self._batch = batch
+        self._calls = _Calls(run)
         self._files = files
         self._agent_pidfd = agent_pidfd
         self._agent_fd = agent_fd
@@ -325,16 +355,20 @@ class _Builder:
         self._taken: dict[int, Call] = {}  # agent's descriptor -> the skeleton's
 
     def build(self, plan: Plan) -> None:
+        for start, end in plan.unmap:
+            self._batch.call(nr.NR_munmap, start, end - start, name="munmap")
+            self._run_many()
         run: list[VmaState] = []
         for vma, parts in plan.wanted:
-            whole = len(parts) == 1
-            if whole and parts[0].fate is not Fate.KEEP and _may_run(vma):
-                if run and not (run[-1].end == vma.start and _map_flags(run[-1]) == _map_flags(vma)):
-                    self._make_run(run)
-                    run = []
-                run.append(vma)
-                continue
-            if whole and parts[0].fate is Fate.KEEP and parts[0].old is not None:
+            if not parts or len(parts) == 1 and parts[0].fate is not Fate.KEEP:
+                if _may_run(vma):
+                    if run and not (run[-1].end == vma.start and _map_flags(run[-1]) == _map_flags(vma)):
+                        self._make_run(run)
+                        run = []
+                    run.append(vma)
+                    continue
+                parts = (Part(vma.start, vma.end, Fate.MAP),)
+            if len(parts) == 1 and parts[0].fate is Fate.KEEP and parts[0].old is not None:
                 self._adjust(vma, parts[0].old, parts[0])
             elif is_private_anonymous(vma):
                 self._compose(vma, parts)
@@ -344,10 +378,24 @@ class _Builder:
                         self._map(vma, part.start, part.end)
                     elif part.old is not None:
                         self._adjust(vma, part.old, part)
+            self._run_many()
         if run:
             self._make_run(run)
+        self._run()
+
+    @property
+    def _batch(self) -> Batch:
+        return self._calls.batch
+
+    def _run_many(self) -> None:
+        if self._calls.are_many:
+            self._run()
+
+    def _run(self) -> None:
         for fd in self._taken.values():
             self._batch.call(nr.NR_close, fd, name="close")
+        self._taken.clear()
+        self._calls.run()
 
     def _protect(self, start: int, end: int, prot: int) -> None:
         self._batch.call(nr.NR_mprotect, start, end - start, prot, name="mprotect")
@@ -383,6 +431,7 @@ class _Builder:
         if len(run) == 1 and open_protection(run[0]) == run[0].prot:
             _map_anonymous(self._batch, run[0], run[0].start, run[0].end, run[0].prot)
             return
+        self._run_many()
         batch, start, end = self._batch, run[0].start, run[-1].end
         _map_anonymous(batch, run[0], start, end, PROT_NONE)
         # The first page comes through /proc/PID/mem, which needs no write permission: with it, a reservation of many
@@ -397,6 +446,7 @@ class _Builder:
                 self._protect(vma.start, vma.end, prot)
             if prot != vma.prot:
                 self._protect(vma.start, vma.end, vma.prot)
+            self._run_many()
 
     def _map(self, vma: VmaState, start: int, end: int) -> None:
         # A file mapping keeps its commitment without a page of its own.

@@ -6,6 +6,7 @@ in bytes.
 
 from __future__ import annotations
 
+import heapq
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -50,8 +51,7 @@ UFFD_FLAGS = frozenset({"um", "uw", "ui"})
 
 NO_FLAGS: frozenset[str] = frozenset()
 NO_POLICIES: Mapping[int, Policy] = {}
-
-_Key = tuple[MapsEntry, frozenset[str], Policy]
+_NOTHING: tuple[MapsEntry | None, VmaState | None] = (None, None)
 
 
 @dataclass(slots=True)
@@ -66,7 +66,11 @@ class LayoutDumper:
     shared_id: Callable[[MapsEntry], int]
     _files: dict[str, int] = field(default_factory=dict)
     _backing: list[BackingFile] = field(default_factory=list)
-    _known: dict[_Key, VmaState] = field(default_factory=dict)
+    _entries: Sequence[MapsEntry] = ()
+    _vmas: tuple[VmaState, ...] = ()
+    """What was described last, and how."""
+    _flags: dict[frozenset[str], tuple[str, ...]] = field(default_factory=dict)
+    """Of the VmFlags seen so far those that are carried."""
 
     def check(
         self,
@@ -107,18 +111,31 @@ class LayoutDumper:
 
         :raises OSError: when a mapped file cannot be examined.
         """
-        known = self._known
-        fresh: dict[_Key, VmaState] = {}
-        for entry in entries:
-            if entry.path in UNMAPPED_NAMES:
-                continue
+        # Both in the order of addresses: what is known of an entry is found without looking for it.
+        known = zip(self._entries, self._vmas)
+        old, found = next(known, _NOTHING)
+        mapped = [entry for entry in entries if entry.path not in UNMAPPED_NAMES]
+        vmas = []
+        for entry in mapped:
             start = entry.start
-            key = (entry, vm_flags.get(start, NO_FLAGS), policies.get(start, NO_POLICY))
-            fresh[key] = known.get(key) or self._describe(*key)
-        self._known = fresh
-        return LayoutState(files=tuple(self._backing), vmas=tuple(fresh.values()))
+            while old is not None and old.start < start:
+                old, found = next(known, _NOTHING)
+            flags = self._carried(vm_flags.get(start, NO_FLAGS))
+            policy = policies.get(start, NO_POLICY)
+            vma = found if old == entry else None
+            if vma is None or vma.flags != flags or (vma.policy, vma.policy_nodes) != policy:
+                vma = self._describe(entry, flags, policy)
+            vmas.append(vma)
+        self._entries, self._vmas = mapped, tuple(vmas)
+        return LayoutState(files=tuple(self._backing), vmas=self._vmas)
 
-    def _describe(self, entry: MapsEntry, flags: frozenset[str], policy: Policy) -> VmaState:
+    def _carried(self, flags: frozenset[str]) -> tuple[str, ...]:
+        carried = self._flags.get(flags)
+        if carried is None:
+            carried = self._flags[flags] = tuple(sorted(flags & CARRIED_FLAGS))
+        return carried
+
+    def _describe(self, entry: MapsEntry, flags: tuple[str, ...], policy: Policy) -> VmaState:
         kind = _kind(entry)
         name = ""
         if kind is VmaKind.SPECIAL:
@@ -135,7 +152,7 @@ class LayoutDumper:
             file_index=self._file_index(entry) if kind is VmaKind.FILE else -1,
             object_id=self.shared_id(entry) if kind is VmaKind.OBJECT else 0,
             name=name,
-            flags=tuple(sorted(flags & CARRIED_FLAGS)),
+            flags=flags,
             policy=policy.mode,
             policy_nodes=policy.nodes,
         )
@@ -273,9 +290,8 @@ def find_gap(layouts: Iterable[LayoutState], length: int, *, above: int) -> int:
     :raises RestoreError: when the address space has no such gap.
     """
     margin = 1 << 20
-    taken = sorted((vma.start, vma.end) for layout in layouts for vma in layout.vmas)
     position = above
-    for start, end in taken:
+    for start, end in heapq.merge(*(((vma.start, vma.end) for vma in layout.vmas) for layout in layouts)):
         if start - position >= length + 2 * margin:
             break
         position = max(position, end)

@@ -144,7 +144,7 @@ class Touched:
             gap = PAGE_SIZE
             while ranges.nr_ranges > MAX_EVENT_RANGES:
                 gap *= 16
-                ranges = RangeSet.of(windows(ranges, gap))
+                ranges = windows(ranges, gap)
             setattr(self, name, ranges)
 
 

@@ -170,13 +170,13 @@ class LogTracker(BookedTracker):
     ) -> tuple[RangeSet, bool]:
         # Step 3. Returns what is clean from now on.
         open_ranges = self._layout.anonymous.subtract(self._clean)
-        near = RangeSet.of(windows(open_ranges)).intersect(self._layout.anonymous)
+        near = windows(open_ranges).intersect(self._layout.anonymous)
         dirty = all_regions(self._populated(near, 0)).subtract(self._clean)
         pages.update(dirty)
         absent.update(open_ranges.subtract(dirty))
         # What is not populated between neighbours stays so. Clean pages are left alone: if one is not protected, that
         # is how the final round knows that it changed without a record.
-        around = RangeSet.of(windows(dirty)).intersect(near).subtract(spared)
+        around = windows(dirty).intersect(near).subtract(spared)
         protected, settled = self._protect_all(around.subtract(self._clean))
         return dirty.intersect(protected), settled
 
@@ -231,7 +231,7 @@ class LogTracker(BookedTracker):
         found: array[int] = array("Q")
         if self._knows_guards:
             unpopulated = self._last_written.intersect(self._layout.private)
-            for start, end in RangeSet.of(windows(unpopulated)):
+            for start, end in windows(unpopulated):
                 self._stats.nr_scans += 1
                 found += self._scanner.scan(
                     start, end, category_mask=PAGE_IS_GUARD, return_mask=PAGE_IS_GUARD

@@ -113,8 +113,9 @@ class RegisteredMemory(ABC):
                 self._maps = parse_maps(text)
                 self._maps_text = text
                 self._stats.maps_changed = True
-                present = set(self._maps)
-                self._excluded = {e: why for e, why in self._excluded.items() if e in present}
+                if self._excluded:
+                    present = set(self._maps)
+                    self._excluded = {e: why for e, why in self._excluded.items() if e in present}
                 self._relayout()
             if self._registered == self._wanted:
                 return

@@ -81,7 +81,7 @@ class _Look(NamedTuple):
     """What look_ahead() has found."""
 
     maps_text: bytes
-    found: array[int]
+    written: RangeSet
     failed: list[tuple[int, int]]
 
 
@@ -144,20 +144,28 @@ class ScanTracker(BookedTracker):
 
     def _written(self, look: _Look | None = None) -> tuple[RangeSet, bool]:
         # Step 2. Nothing is cleared, so a failure loses nothing.
-        found, failed = look[1:] if look is not None else self._scan_spans()
+        written, failed = look[1:] if look is not None else self._scan_spans()
         if failed:
-            found += self._probe(RangeSet.of(failed))
-        return all_regions(found), not failed
+            written.update(all_regions(self._probe(RangeSet.of(failed))))
+        return written, not failed
 
-    def _scan_spans(self) -> tuple[array[int], list[tuple[int, int]]]:
+    def _scan_spans(self) -> tuple[RangeSet, list[tuple[int, int]]]:
         spans = self._layout.spans
         self._stats.nr_scans += len(spans)
-        return self._scanner.scan_each(
+        written = RangeSet()
+
+        def add(found: array[int]) -> None:
+            written.update(all_regions(found))
+
+        found, failed = self._scanner.scan_each(
             ((start, end) for start, end, _ in spans),
             flags=PM_SCAN_CHECK_WPASYNC,
             category_mask=PAGE_IS_WRITTEN,
             return_mask=PAGE_IS_WRITTEN,
+            into=add,
         )
+        add(found)
+        return written, failed
 
     def _fast_scan(self, start: int, end: int, flags: int) -> array[int]:
         self._stats.nr_scans += 1
@@ -201,7 +209,15 @@ class ScanTracker(BookedTracker):
         # after which nobody asks again, nothing is protected, and guard pages, which must not be, are found on the way.
         guard = PAGE_IS_GUARD if self._knows_guards else 0
         left_out = 0 if final else guard
-        near = RangeSet.of(windows(ranges)).intersect(part)
+        without = (PAGE_IS_FILE if of_file else 0) | (guard if final else 0)
+        dirty = RangeSet()
+
+        def add(found: array[int]) -> None:
+            dirty.update(select(found, 0, without) if without else all_regions(found))
+            if final and guard:
+                self._final_guards.update(select(found, guard, guard))
+
+        near = windows(ranges).intersect(part)
         self._stats.nr_scans += len(near)
         found, refused = self._scanner.scan_each(
             near,
@@ -210,13 +226,11 @@ class ScanTracker(BookedTracker):
             category_inverted=left_out,
             category_anyof_mask=_POPULATED,
             return_mask=_POPULATED | (PAGE_IS_FILE if of_file else 0) | (guard if final else 0),
+            into=add,
         )
+        add(found)
         for start, end in refused:  # the next fast scan meets the same mapping and finds out which
             self._suspect.add(start, end)
-        if final and guard:
-            self._final_guards.update(select(found, guard, guard))
-        without = (PAGE_IS_FILE if of_file else 0) | (guard if final else 0)
-        dirty = select(found, 0, without) if without else all_regions(found)
         return dirty, not refused
 
     def _guards(self) -> RangeSet:
@@ -225,7 +239,7 @@ class ScanTracker(BookedTracker):
     def _check_copied(self, held: RangeSet, pages: RangeSet, absent: RangeSet) -> None:
         # Step 4. A marker cannot be told from a swapped-out copy: read it, which gives the visible content.
         guard = PAGE_IS_GUARD if self._knows_guards else 0
-        near = RangeSet.of(windows(held)).intersect(self._layout.private_file)
+        near = windows(held).intersect(self._layout.private_file)
         self._stats.nr_scans += len(near)
         found, _ = self._scanner.scan_each(
             near, category_anyof_mask=_POPULATED, return_mask=_POPULATED | PAGE_IS_FILE | guard
@@ -254,7 +268,7 @@ class ScanTracker(BookedTracker):
         # a later fault may bring in pages that exist already.
         settled = True
         found: array[int] = array("Q")
-        for start, end in RangeSet.of(windows(written)).intersect(self._layout.shared):
+        for start, end in windows(written).intersect(self._layout.shared):
             try:
                 found += self._fast_scan(start, end, PM_SCAN_WP_MATCHING)
             except PermissionError:

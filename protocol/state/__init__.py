@@ -31,6 +31,11 @@ class StateKind:
     """Oldest version whose readers understand what this build writes."""
     required: bool
     """What it writes: whether a destination that does not know the kind must refuse."""
+    wire: type[Any]
+    """The schema in which it travels. Where it is not ``schema`` itself: ``wire.of(state)`` makes it,
+    ``whole()`` gives the state back."""
+    oldest_version_id: int
+    """Oldest version that this build can still read."""
 
 
 KINDS: dict[str, StateKind] = {}
@@ -44,6 +49,8 @@ def register(
     version_id: int = 1,
     minimum_version_id: int = 1,
     required: bool = True,
+    wire: type[Any] | None = None,
+    oldest_version_id: int = 1,
 ) -> StateKind:
     """Make `schema`, a dataclass, the meaning of sections named `name`."""
     kind = StateKind(
@@ -52,6 +59,8 @@ def register(
         version_id=version_id,
         minimum_version_id=minimum_version_id,
         required=required,
+        wire=wire or schema,
+        oldest_version_id=oldest_version_id,
     )
     known = KINDS.setdefault(name, kind)
     if known != kind:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 from typing import Any, cast
 
+import pytest
+
 from agent.address import parse_address
 from agent.check import Target, open_target
 from agent.kernel.libc import syscall
 from agent.kernel.mman import madvise
-from agent.kernel.syscalls import NR_mbind
+from agent.kernel.syscalls import NR_mbind, NR_munmap
 from agent.options import SendOptions
 from agent.procfs.maps import parse_maps, read_maps
 from agent.rounds import RoundSender
@@ -105,3 +107,33 @@ def test_memory_policies_of_mappings_are_asked_for_where_there_are_any() -> None
     assert vma_at(first, start).policy == 0
     assert (vma_at(second, start).policy, vma_at(second, start).policy_nodes) == (MPOL_INTERLEAVE, b"\1")
     assert [vma.start for vma in second.vmas if vma.policy] == [start]
+
+
+def test_flags_are_read_again_for_what_is_new_and_not_for_what_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    load_all()
+    link = Recorder()
+    nr_reads = 0
+
+    def counted(target: Target) -> dict[int, frozenset[str]]:
+        nonlocal nr_reads
+        nr_reads += 1
+        return vm_flags(target)
+
+    vm_flags = Target.vm_flags
+    monkeypatch.setattr(Target, "vm_flags", counted)
+    with puppet() as child, open_target(Pid(child.pid), options_for(child.pid)) as target:
+        gone, cut = child.map(4, prot=5), child.map(8, prot=5)
+        rounds = rounds_of(target, link)
+        look(target, rounds)
+        child.run(syscall, NR_munmap, gone, 4 * 4096)
+        child.wait_idle()
+        look(target, rounds)
+        before = nr_reads
+        child.run(madvise, cut + 4 * 4096, 4 * 4096, MADV_DONTFORK)
+        child.wait_idle()
+        look(target, rounds)
+    layouts = link.layouts()
+    assert before == 1 and nr_reads == 2
+    assert all(vma.start != gone for vma in layouts[1].vmas)
+    assert "dc" not in vma_at(layouts[2], cut).flags
+    assert "dc" in vma_at(layouts[2], cut + 4 * 4096).flags

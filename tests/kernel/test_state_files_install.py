@@ -18,6 +18,7 @@ import pytest
 from agent.errors import InjectError
 from agent.kernel import syscalls as nr
 from agent.kernel.pidfd import pidfd_getfd
+from agent.state import filerestore
 from agent.state.context import DumpContext, RestoreContext
 from agent.state.fileitems import decode_items
 from agent.state.filerestore import FileRestorer
@@ -128,7 +129,11 @@ ready()
 """
 
 
-def test_everything_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("numbers_at_once", [1, 7, filerestore.NUMBERS_AT_ONCE])
+def test_everything_at_once(
+    tmp_path: Path, numbers_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(filerestore, "NUMBERS_AT_ONCE", numbers_at_once)
     with live_child(tmp_path, EVERYTHING) as child:
         assert check_files(child.ctx) == []
         state = dump_files(child.ctx)
@@ -162,7 +167,11 @@ def body_and_end(state: FilesState, kind: str, mode: int) -> int:
     )
 
 
-def test_high_numbers_and_many_descriptors(tmp_path: Path) -> None:
+@pytest.mark.parametrize("numbers_at_once", [100, filerestore.NUMBERS_AT_ONCE])
+def test_high_numbers_and_many_descriptors(
+    tmp_path: Path, numbers_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(filerestore, "NUMBERS_AT_ONCE", numbers_at_once)
     code = """
     import resource
     for number in range(400): os.open("/dev/null", os.O_RDWR)

@@ -189,7 +189,7 @@ def test_random_values_in_the_fields_of_every_section(kind: str) -> None:
     rng = random.Random(kind)
     parse = section_parser(kind)
     for _ in range(100):
-        value = near_value(rng, state.KINDS[kind].schema)
+        value = near_value(rng, state.KINDS[kind].wire)
         only_remote_errors(parse, msgpack.packb(value, unicode_errors="surrogateescape"))
 
 

@@ -111,3 +111,10 @@ def test_kind_is_registered_once() -> None:
     state.register("lamp", Lamp, version_id=2, minimum_version_id=1)
     with pytest.raises(ValueError, match="already registered"):
         state.register("lamp", NewerLamp)
+
+
+def test_section_of_a_version_that_is_read_no_more_is_refused_by_name() -> None:
+    state.KINDS.clear()
+    state.register("lamp", Lamp, version_id=2, minimum_version_id=2, oldest_version_id=2)
+    with pytest.raises(RemoteProtocolError, match="'lamp': version 1 is of an older Ferry"):
+        sections.decode_section(section(version=1, minimum=1))

@@ -131,7 +131,7 @@ def _patched(**replacements: Any) -> Callable[[Any], Any]:
 class _Unchecked(PagemapScanner):
     # Untracked memory yields nothing instead of an error.
     def scan_each(
-        self, ranges: Iterable[tuple[int, int]], *, flags: int = 0, **masks: int
+        self, ranges: Iterable[tuple[int, int]], *, flags: int = 0, **masks: Any
     ) -> tuple[array[int], list[tuple[int, int]]]:
         return super().scan_each(ranges, flags=flags & ~PM_SCAN_CHECK_WPASYNC, **masks)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
 
-from agent.procfs import files, smaps
+from agent.procfs import files, maps, smaps
 from agent.procfs.files import read_lines
-from agent.procfs.maps import MapsEntry, parse_maps
+from agent.procfs.maps import MapsEntry, parse_bounds, parse_maps
 from agent.procfs.smaps import SmapsEntry, parse_smaps, parse_vm_flags, read_vm_flags
 
 TEXT = b"""\
@@ -38,8 +39,38 @@ def test_strange_names_survive() -> None:
     assert parse_maps(head + b"/a\rb\xff\\012\n")[0].path == "/a\rb\udcff\\012"
 
 
+def test_bounds_are_those_of_all_entries() -> None:
+    text = TEXT + b"7fffc0000000-7fffc0001000 r--p 00000000 fe:01 7     /1000-2000 r--p\r3000-4000 r--p\n"
+    assert list(parse_bounds(text)) == [bound for entry in parse_maps(text) for bound in entry[:2]]
+
+
 def test_no_mappings_are_no_entries() -> None:
     assert parse_maps(b"") == []
+
+
+def test_large_texts_that_resemble_the_last_one_are_parsed_as_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(maps, "_last", (b"", []))
+    chance = random.Random(5)
+    lines = [_line(number) for number in range(20)]
+    known: list[MapsEntry] = []
+    for _ in range(500):
+        for _ in range(chance.randrange(4)):
+            at = chance.randrange(len(lines) + 1)
+            lines[at : at + chance.randrange(3)] = [_line(chance.randrange(40)) for _ in range(chance.randrange(3))]
+        text = b"".join(lines)
+        monkeypatch.setattr(maps, "_LARGE_BYTES", 1 << 20)
+        expected = parse_maps(text)
+        monkeypatch.setattr(maps, "_LARGE_BYTES", 0)
+        found = parse_maps(text)
+        assert found == expected
+        if found and found[0] in known[:1]:
+            assert found[0] is known[0], "entries of an unchanged line are the same object"
+        known = found[:]
+        found.clear()  # the list is the caller's own
+
+
+def _line(number: int) -> bytes:
+    return b"%x000-%x000 rw-p 00000000 00:00 0 %s\n" % (number + 16, number + 17, b"/x" * (number % 3))
 
 
 @pytest.mark.parametrize(
@@ -92,3 +123,15 @@ def test_flags_read_in_pieces_of_any_size_are_the_same(
     monkeypatch.setattr(smaps, "read_lines", lambda path: read_lines(str(tmp_path / "smaps")))
     assert read_vm_flags(1) == parse_vm_flags(text)
     assert len(read_vm_flags(1)) == 4
+
+
+@pytest.mark.parametrize("known", [b"", b"ab", b"abcdefg", b"abcdefgh", b"abcdeXgh", b"Xbcdefg", b"abcdef"])
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_what_is_read_again_is_what_is_there(
+    known: bytes, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(b"abcdefg")
+    monkeypatch.setattr(files, "READ_BYTES", size)
+    found = files.read_again(str(tmp_path / "file"), known)
+    assert found == b"abcdefg"
+    assert found is known or known != found

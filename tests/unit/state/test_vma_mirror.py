@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from array import array
 from dataclasses import dataclass
 
 import pytest
 
 from agent.kernel import syscalls as nr
 from agent.kernel.mman import MAP_ANONYMOUS, MAP_NORESERVE, PROT_NONE, PROT_READ, PROT_WRITE
-from agent.procfs.maps import MapsEntry
+from agent.state import mirror
 from agent.state.mirror import Fate, _Builder, find_torn, make_plan
 from agent.target.inject import Batch, Call
 from protocol.state.vma import BackingFile, LayoutState, VmaKind, VmaState
@@ -87,12 +88,7 @@ class Space:
                 self.committed.add(number)
 
     def follow(self, before: LayoutState, after: LayoutState) -> None:
-        plan = make_plan(before, after)
-        batch = Batch()
-        for start, end in plan.unmap:
-            batch.call(nr.NR_munmap, start, end - start, name="munmap")
-        _Builder(batch, after.files, 5, _fd_of, 4).build(plan)
-        self.run(batch)
+        _Builder(self.run, after.files, 5, _fd_of, 4).build(make_plan(before, after))
 
     def check(self, wanted: LayoutState) -> None:
         expected: dict[int, tuple[tuple[object, ...], int, bool]] = {}
@@ -154,7 +150,7 @@ def test_contents_do_not_survive_another_file() -> None:
 def test_the_same_index_may_come_to_mean_another_file() -> None:
     one = vma(0, 8, kind=VmaKind.FILE, file_index=0, flags=())
     swapped = LayoutState(files=_FILES[::-1], vmas=(one,))
-    assert [part.fate for part in make_plan(layout(one), swapped).wanted[0][1]] == [Fate.MAP]
+    assert make_plan(layout(one), swapped).wanted == [(one, ())]
 
 
 def test_new_neighbours_come_from_one_mapping() -> None:
@@ -172,14 +168,10 @@ def test_a_reservation_is_never_writable() -> None:
     space.check(wanted)
 
 
-def _entry(first: int, last: int) -> MapsEntry:
-    return MapsEntry(_BASE + first * _PAGE, _BASE + last * _PAGE, "rw-p", 0, 0, 0, 0, "")
-
-
 def test_torn_mappings_are_found_with_their_pieces() -> None:
     whole, torn = vma(0, 8), vma(10, 20)
-    entries = [_entry(0, 8), _entry(8, 12), _entry(12, 13), _entry(13, 25)]
-    ((found, pieces),) = find_torn([whole, torn], entries)
+    numbers = (0, 8, 8, 12, 12, 13, 13, 25)
+    ((found, pieces),) = find_torn([whole, torn], array("Q", [_BASE + number * _PAGE for number in numbers]))
     assert found is torn
     assert [((s - _BASE) // _PAGE, (e - _BASE) // _PAGE) for s, e in pieces] == [(10, 12), (12, 13), (13, 20)]
 
@@ -206,8 +198,12 @@ def _random_layout(chance: random.Random) -> LayoutState:
     return layout(*vmas)
 
 
+@pytest.mark.parametrize("calls_at_once", [1, 5, mirror.CALLS_AT_ONCE])
 @pytest.mark.parametrize("seed", range(100))
-def test_any_layout_can_follow_any_other(seed: int) -> None:
+def test_any_layout_can_follow_any_other(
+    seed: int, calls_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirror, "CALLS_AT_ONCE", calls_at_once)
     chance = random.Random(seed)
     space = Space()
     before = layout()

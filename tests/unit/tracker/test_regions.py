@@ -18,12 +18,11 @@ _PAGE = 4096
 _GAP = 3 * _PAGE
 
 
-@pytest.fixture(autouse=True, params=[1, 2, 5, 1 << 13])
-def piece_ranges(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+@pytest.fixture(params=[1, 2, 5, 1 << 13])
+def piece_ranges(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     size: int = request.param
     monkeypatch.setattr(ranges, "PIECE_RANGES", size)
     monkeypatch.setattr(regions, "PIECE_RANGES", size)
-    return size
 
 
 def _triples(chance: random.Random) -> list[tuple[int, int, int]]:
@@ -41,6 +40,7 @@ def _flat(triples: list[tuple[int, int, int]]) -> array[int]:
     return array("Q", [word for triple in triples for word in triple])
 
 
+@pytest.mark.usefixtures("piece_ranges")
 @pytest.mark.parametrize("seed", range(50))
 def test_regions_are_chosen_by_category(seed: int) -> None:
     triples = _triples(random.Random(seed))
@@ -52,6 +52,7 @@ def test_regions_are_chosen_by_category(seed: int) -> None:
     assert flat == _flat(triples)
 
 
+@pytest.mark.usefixtures("piece_ranges")
 @pytest.mark.parametrize("seed", range(50))
 def test_neighbours_share_a_window(seed: int) -> None:
     found = RangeSet.of((start, end) for start, end, _ in _triples(random.Random(seed)))
@@ -66,6 +67,7 @@ def test_neighbours_share_a_window(seed: int) -> None:
     assert found.pairs == before
 
 
+@pytest.mark.usefixtures("piece_ranges")
 @pytest.mark.parametrize("seed", range(50))
 def test_what_comes_in_order_or_not_adds_up(seed: int) -> None:
     chance = random.Random(seed)
@@ -84,9 +86,7 @@ def test_what_comes_in_order_or_not_adds_up(seed: int) -> None:
     assert whole == RangeSet.of((page, page + _PAGE) for page in model)
 
 
-def test_hundreds_of_thousands_take_little_beside_themselves(piece_ranges: int) -> None:
-    if piece_ranges < 1 << 13:
-        pytest.skip("pieces are smaller than they are")
+def test_hundreds_of_thousands_take_little_beside_themselves() -> None:
     count = 200_000
     triples = _flat([(2 * number * _PAGE, (2 * number + 1) * _PAGE, number % 4) for number in range(count)])
     found = all_regions(triples)

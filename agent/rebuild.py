@@ -342,8 +342,8 @@ class Rebuild:
             self._task.leader_calls(leader)
             self._file_restorer().last_calls(leader)
             leader.call(nr.NR_close, self.skeleton.agent_pidfd, name="close")
-            self.injector.lay_out(leader)
             self._leader_calls = leader
+            self.injector.lay_out(leader, len(self._host_tids) if self._task.is_order_free else 1)
 
     def _make_urgent(self, tids: Collection[Tid]) -> bool:
         """Have no thread wait for a CPU to make injected calls; their own scheduling comes at the end.
@@ -430,19 +430,20 @@ class Rebuild:
         enter_calls(batch, fd, agent_pidfd=self.skeleton.agent_pidfd)
 
     def _restore_threads(self, restore: TaskRestore) -> None:
-        # One stop for all: those of memory are the leader's.
-        calls: dict[int, Batch | Copy] = {**self._thread_copies}
-        if len(memory := self._take_memory_calls()):
-            calls = {self.pid: memory, **calls}
-        if calls:
+        # As few stops as can be: those of memory, which come first, are the leader's too.
+        memory = self._take_memory_calls()
+        first: dict[int, Batch | Copy] = {self.pid: memory} if len(memory) else {}
+        last: dict[int, Batch | Copy] = {self.pid: self._leader_calls}
+        (last if restore.is_order_free and not first else first).update(self._thread_copies)
+        if first:
             with self._step("threads"):
-                self.injector.run_parallel(calls)
+                self.injector.run_parallel(first)
         # The files were read a little later than the task.
         self._file_restorer().start(elapsed_ns=self._elapsed_ns(self._files_ns))
         for object_id, state in self._objects.items():
             finish_shared(self._object_fds[object_id], state)
         with self._step("leader"):
-            self.injector.run(self._leader_calls)
+            self.injector.run_parallel(last)
             restore.verify()
             self.notes += restore.notes
         timers = Batch()

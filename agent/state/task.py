@@ -426,6 +426,16 @@ class TaskRestore:
         """Step 4, in the leader, after the last mapping was made."""
         self._merge = future_mappings_calls(batch, self.state.process)
 
+    @property
+    def is_order_free(self) -> bool:
+        """Whether the leader may make its calls of step 5 while the other threads make theirs.
+
+        They must neither need what its limits could forbid, nor reset the flag that comes after them.
+        """
+        return self._urgent and not any(
+            thread.pending or thread.creds != self._new.creds for thread in self.state.threads[1:]
+        )
+
     def thread_copies(self, host_tids: Mapping[int, int]) -> dict[int, Copy]:
         """Step 5, in all threads but the leader, by host tid; ``host_tids`` are by the threads' own ids."""
         templates: dict[object, tuple[Template, Blob]] = {}
@@ -442,7 +452,7 @@ class TaskRestore:
         return copies
 
     def leader_calls(self, batch: Batch) -> None:
-        """Step 5, in the leader, when the other threads have made theirs."""
+        """Step 5, in the leader, when the other threads have made theirs, or together with them (is_order_free)."""
         state, leader = self.state, self.state.leader
         self._verify = create_timers_calls(batch, state.timers.posix_timers, leader.tid)
         restore_shared_pending_calls(batch, leader.tid, state.signals.pending)

@@ -159,10 +159,11 @@ class Injector:
         self._run({thread.tid: batch}, [thread])
         batch.check()
 
-    def lay_out(self, batch: Batch) -> None:
-        """Do what run() can have done ahead for a batch that will run alone in a skeleton."""
+    def lay_out(self, batch: Batch, nr_threads: int) -> None:
+        """Do what can be done ahead for the first batch of a run by so many threads of a skeleton."""
         base = _align(self._area_start(), routine.BLOCK_STRIDE)
-        batch.pack(base + _align(routine.CONTROL_BYTES, routine.BLOCK_STRIDE) + _PRELUDE_BYTES)
+        controls_bytes, blocks_bytes = _sizes(nr_threads)
+        batch.pack(base + controls_bytes + blocks_bytes + _PRELUDE_BYTES)
 
     def run_parallel(
         self, batches: Mapping[int, Batch | Copy], *, meanwhile: Iterable[object] = ()
@@ -192,8 +193,7 @@ class Injector:
     def _run(self, batches: Mapping[int, Batch | Copy], threads: list[TracedThread]) -> None:
         # In the scratch mapping: control areas, blocks of the workers, what keeps it from children, the batches.
         nr_workers = len(threads) - 1
-        blocks_bytes = nr_workers * routine.BLOCK_STRIDE
-        controls_bytes = _align(len(threads) * routine.CONTROL_BYTES, routine.BLOCK_STRIDE)
+        controls_bytes, blocks_bytes = _sizes(len(threads))
         sizes = [_align(batches[t.tid].size_bytes()) for t in threads]
         total = routine.BLOCK_STRIDE + controls_bytes + blocks_bytes + _PRELUDE_BYTES + sum(sizes)
         self._enter(threads[0], total)
@@ -702,6 +702,12 @@ def find_syscall_instruction(tracer: Tracer) -> int:
         if at >= 0:
             return entry.start + at
     raise InjectError(f"Process {tracer.pid} has no system call instruction")
+
+
+def _sizes(nr_threads: int) -> tuple[int, int]:
+    """Return the bytes of the control areas and of the blocks of a run by so many threads."""
+    controls_bytes = _align(nr_threads * routine.CONTROL_BYTES, routine.BLOCK_STRIDE)
+    return controls_bytes, (nr_threads - 1) * routine.BLOCK_STRIDE
 
 
 def _round_up(nr_bytes: int) -> int:

@@ -293,12 +293,24 @@ def dumpable_call(batch: Batch, state: ProcessState) -> None:
     batch.call(NR_prctl, PR_SET_DUMPABLE, int(state.dumpable == 1), name="prctl(PR_SET_DUMPABLE)")
 
 
-def write_process_files(state: ProcessState, host_pid: int) -> list[str]:
-    """Write oom_score_adj and coredump_filter, which only /proc can set; returns what was refused."""
+class NewFiles(NamedTuple):
+    """What a new process has of what only /proc can set."""
+
+    oom_score_adj: int
+    coredump_filter: int
+
+
+def read_new_files(host_pid: int) -> NewFiles:
+    """Read it before anything is restored."""
+    return NewFiles(read_oom_score_adj(host_pid), read_coredump_filter(host_pid))
+
+
+def write_process_files(state: ProcessState, host_pid: int, now_has: NewFiles) -> list[str]:
+    """Write oom_score_adj and coredump_filter where they differ; returns what was refused."""
     refused = []
     for name, value, now in (
-        ("oom_score_adj", str(state.oom_score_adj), read_oom_score_adj(host_pid)),
-        ("coredump_filter", hex(state.coredump_filter), read_coredump_filter(host_pid)),
+        ("oom_score_adj", str(state.oom_score_adj), now_has.oom_score_adj),
+        ("coredump_filter", hex(state.coredump_filter), now_has.coredump_filter),
     ):
         if int(value, 0) == now:
             continue

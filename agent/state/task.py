@@ -45,9 +45,11 @@ from agent.state.limits import (
     restore_limits_calls,
 )
 from agent.state.process import (
+    NewFiles,
     dumpable_call,
     future_mappings_calls,
     plan_process,
+    read_new_files,
     read_process_files,
     restore_process_calls,
     session_calls,
@@ -366,12 +368,15 @@ class NewTask(NamedTuple):
     status: Status
     stat: Stat
     creds: CredState
+    files: NewFiles
 
 
 def study_new_task(host_pid: int) -> NewTask:
     """Read what the process ``host_pid``, made by this agent just now, has."""
     status = read_status(host_pid)
-    return NewTask(status, read_stat(host_pid), creds_of(status, own_securebits()))
+    return NewTask(
+        status, read_stat(host_pid), creds_of(status, own_securebits()), read_new_files(host_pid)
+    )
 
 
 class TaskRestore:
@@ -420,7 +425,7 @@ class TaskRestore:
 
     def write_files(self) -> None:
         """Step 3, by the agent."""
-        self.notes += write_process_files(self.state.process, self.host_pid)
+        self.notes += write_process_files(self.state.process, self.host_pid, self._new.files)
 
     def future_mappings_calls(self, batch: Batch) -> None:
         """Step 4, in the leader, after the last mapping was made."""

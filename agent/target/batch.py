@@ -180,17 +180,17 @@ class Batch:
 
     # -- layout: records, undo records, cells, blobs ----------------------------------------------------------------
 
-    def pack(self, base: int, *, room: int | None = None) -> Packed:
-        """Lay the batch out for target address `base` (16-byte aligned); `room`: for how many constants.
+    def pack(self, base: int) -> Packed:
+        """Lay the batch out for target address `base` (16-byte aligned).
 
         Costs next to nothing when it was done for the same address before and nothing was added since.
         """
-        if self._ahead is not None and self._ahead.first == base and room is None:
+        if self._ahead is not None and self._ahead.first == base:
             return self._ahead
         nr_records = len(self.calls) + len(self._undo)
         cells_at = base + nr_records * RECORD_BYTES
         # Blobs come last, but constants may be their addresses: leave room for as many cells as there can be.
-        end = _align(cells_at + 8 * (self._most_cells() if room is None else room))
+        end = _align(cells_at + 8 * self._most_cells())
         for blob in self._blobs:
             blob._address = end
             end = _align(end + max(blob.size, 8))
@@ -219,9 +219,8 @@ class Batch:
             for offset, target in blob.patches:
                 struct.pack_into("<Q", content, at + offset, _value(target))
         undo_at = base + len(self.calls) * RECORD_BYTES
-        packed = Packed(base, undo_at, cells_at, bytes(content), len(cell_of))
-        self._ahead = packed if room is None else None
-        return packed
+        self._ahead = Packed(base, undo_at, cells_at, bytes(content))
+        return self._ahead
 
     def _most_cells(self) -> int:
         return 7 * (len(self.calls) + len(self._undo)) + 1
@@ -264,8 +263,6 @@ class Packed(NamedTuple):
     undo: int
     end: int
     content: bytes
-    nr_cells: int
-    """How many different constants there are."""
 
 
 def _value(arg: int | Blob | BlobAddress) -> int:

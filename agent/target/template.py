@@ -24,9 +24,7 @@ class Template:
 
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
-        room = batch.pack(_SOMEWHERE).nr_cells
-        first = batch.pack(_SOMEWHERE, room=room)
-        second = batch.pack(_ELSEWHERE, room=room)
+        first, second = batch.pack(_SOMEWHERE), batch.pack(_ELSEWHERE)
         here = int.from_bytes(first.content, "little")
         self._addresses, rest = divmod(
             int.from_bytes(second.content, "little") - here, _ELSEWHERE - _SOMEWHERE
@@ -34,7 +32,6 @@ class Template:
         assert not rest, "the layout of a batch depends on where it lies"
         self._image = here - _SOMEWHERE * self._addresses
         self.nr_bytes = len(first.content)
-        self._nr_cells = room
         self._undo = first.undo - _SOMEWHERE
         self._end = first.end - _SOMEWHERE
         self._nr_words = len(batch.calls) * (RECORD_BYTES // 8)
@@ -56,7 +53,7 @@ class Template:
         """Return what pack() of the batch would, for a 16-byte aligned ``base``."""
         image = self._image + base * self._addresses
         content = image.to_bytes(self.nr_bytes, "little")
-        return Packed(base, base + self._undo, base + self._end, content, self._nr_cells)
+        return Packed(base, base + self._undo, base + self._end, content)
 
     def load(self, content: bytes) -> None:
         """Have the calls and blobs of the batch show the results in ``content``."""

@@ -37,7 +37,7 @@ from agent.kernel.syscalls import NR_rt_sigqueueinfo
 from agent.procfs.process import list_tids
 from agent.procfs.stat import read_stat, read_task_stat
 from agent.procfs.status import read_status, read_task_status
-from agent.target import restart
+from agent.target import restart, sleepers
 from agent.target.memory import TargetMemory
 from agent.target.tail import wait_healed
 from agent.target.waiting import PATIENT_S, Errands, pause
@@ -89,7 +89,7 @@ class TracedThread:
         self.in_group_stop = False
         self.holds_sigstop = False
         """Whether a SIGSTOP of Tracer.hold() is queued for the process."""
-        self.sample: restart.SleepSample | None = None
+        self.sample: sleepers.SleepSample | None = None
         """What the thread was blocked in before it was interrupted, when that matters."""
         self._regs: user_regs_struct | None = None
         self._sigmask: int | None = None
@@ -243,7 +243,7 @@ class Tracer:
         thread = self.seize(tid)
         if thread.stopped:
             return thread
-        thread.sample = restart.sample_sleeper(self.pid, tid)
+        thread.sample = sleepers.sample_sleeper(self.pid, tid)
         ptrace.interrupt(tid)
         self._wait_stopped(thread)
         self._heal_eintr(thread)
@@ -255,7 +255,7 @@ class Tracer:
         :raises TargetGone: the process died or called exec. :raises FreezeError: a thread cannot be traced or stopped.
         """
         # Sampled before the first thread stops: this part costs no downtime.
-        samples, delicate = restart.sample_sleepers(self.pid)
+        samples, delicate = sleepers.sample_sleepers(self.pid)
         self.stopped_ns = time.monotonic_ns()
         while True:
             interrupted = []
@@ -672,7 +672,7 @@ def pick_injection_thread(pid: int) -> int:
     except (FileNotFoundError, ProcessLookupError) as err:
         raise TargetGone(f"Process {pid} is gone") from err
     for tid in tids:
-        rank = restart.disturbance(pid, tid)
+        rank = sleepers.disturbance(pid, tid)
         if rank is None:
             continue
         if best is None or rank < best[0]:

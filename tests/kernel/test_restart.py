@@ -20,6 +20,7 @@ from agent.kernel.syscalls import (
 )
 from agent.target import restart
 from agent.target.inject import Batch, Injector
+from agent.target.sleepers import guess_restarted
 from agent.target.tracer import Tracer
 from protocol.state.restart import RestartState
 from tests.kernel.support import wait_for
@@ -237,7 +238,7 @@ def test_call_stopped_by_somebody_else_before_is_found_out(
     ],
 )
 def test_restarted_call_is_told_by_where_it_sleeps(wchan: str, first: int, number: int | None) -> None:
-    assert restart.guess_restarted(wchan, (first, 0, 0, 0, 0, 0)) == number
+    assert guess_restarted(wchan, (first, 0, 0, 0, 0, 0)) == number
 
 
 def test_rearmed_call_that_returns_at_once_gives_its_result() -> None:

@@ -31,7 +31,7 @@ from agent.rebuild import Rebuild
 from agent.report import CompletedReport, PhaseClock, Reporter
 from agent.serve import serve
 from agent.session_store import ABORTED, COMMITTED, DecidedRecord, SessionStore
-from agent.target.tracer import release_hold
+from agent.target.hold import release_hold
 from agent.types import Obstacle
 from agent.version import SOFTWARE
 from agent.warmup import urgent, warm_up

@@ -54,6 +54,7 @@ from agent.state.mm import open_exe, restore_mm
 from agent.state.shmem import discard_shared, finish_shared, resize_shared, restore_shared
 from agent.state.task import TaskRestore, TaskState, clone_calls, host_tids, study_new_task
 from agent.state.vma import find_gap, plain, special_mappings
+from agent.target.hold import Hold
 from agent.target.inject import Batch, Injector
 from agent.target.template import Copy
 from agent.target.tracer import Tracer
@@ -142,6 +143,7 @@ class Rebuild:
         )
         self._cleanup.callback(self._skeleton.close)
         self.tracer = Tracer(self.pid, kill_on_exit=True)
+        self._hold = Hold(self.tracer)
         self._cleanup.callback(self.tracer.memory.close)
         self.tracer.stop_all()
         self.injector = Injector(self.tracer, crash_safe=False, scratch_hint=self._work + (32 << 20))
@@ -476,14 +478,14 @@ class Rebuild:
 
         :raises TargetGone: somebody has killed it.
         """
-        self.tracer.hold()
+        self._hold.take()
 
     def hold(self) -> None:
         """Keep the copy stopped whatever happens to this agent; it no longer dies with it.
 
         :raises TargetGone: somebody has killed it.
         """
-        self.tracer.hold()
+        self._hold.take()
         self.tracer.spare_on_exit()
         if not self.tracer.still_stopped():
             raise TargetGone(f"Process {self.pid} was killed")
@@ -498,7 +500,7 @@ class Rebuild:
         """Let the copy run; returns the CLOCK_MONOTONIC time of the last thread's release in ns."""
         self._released = True
         try:
-            self.tracer.unhold()
+            self._hold.drop()
             if self._task.state.process.stop_signal:
                 # Queued before the first thread is let go: each finds it before it runs an instruction.
                 os.kill(self.pid, self._task.state.process.stop_signal)

@@ -19,7 +19,7 @@ from agent.net import parse_address
 from agent.options import SendOptions
 from agent.report import Reporter
 from agent.session_store import SessionStore, UndecidedRecord
-from agent.target.tracer import release_hold
+from agent.target.hold import release_hold
 from protocol.messages import Decision, Resolution, Resolve
 from protocol.session import Role
 

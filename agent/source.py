@@ -54,6 +54,7 @@ from agent.snapshot import (
 from agent.state.files import dump_files, has_direct_io
 from agent.state.inetsk import reset_connections
 from agent.state.predump import PreDump
+from agent.target.hold import Hold
 from agent.target.tracer import Tracer
 from agent.tracker.base import Tracker
 from agent.tracker.choose import REFERENCE, Choice, choose_tracker
@@ -424,15 +425,16 @@ class _Migration:
             return self._finish_image(link, tracer, tracker)
         with self._phase("restore", frozen=True):
             link.expect(Restored)
+        hold = Hold(tracer)
         with interrupts.shielded(raise_after=False):
             with self._phase("commit", frozen=True):
                 # From here on the target must not run again if this agent dies: the hold outlives it.
-                tracer.hold()
+                hold.take()
                 if not tracer.still_stopped():
                     # Killed while it was frozen: whoever did that does not want a copy that lives on.
                     raise TargetGone(f"Process {self.target.pid} was killed")
                 commit_ns = time.monotonic_ns()
-                resumed = self._commit(link, tracer)
+                resumed = self._commit(link, hold)
                 resumed_ns = time.monotonic_ns()
             self._reset_connections()
             self._kill_original()
@@ -445,7 +447,7 @@ class _Migration:
         )
         return self._report(link, tracker, seconds, basis, pid=resumed.pid)
 
-    def _commit(self, link: Link, tracer: Tracer) -> Resumed:
+    def _commit(self, link: Link, hold: Hold) -> Resumed:
         """Cross the point of no return.
 
         :raises UndecidedError: the answer did not come; both copies stay frozen.
@@ -454,14 +456,14 @@ class _Migration:
             link.send(Commit())  # The point of no return.
         except BaseException:
             # Not all of it left this host, so the destination will never see it.
-            tracer.unhold()
+            hold.drop()
             raise
         try:
             return link.expect(Resumed)
         except Exception as err:
             if link.state is SessionState.FAILED:
                 # The destination has given up and will never run the copy: its record says so.
-                tracer.unhold()
+                hold.drop()
                 raise
             link.lost()
             raise UndecidedError(

@@ -15,7 +15,7 @@ from protocol.state.thread import RseqState
 
 if TYPE_CHECKING:
     from agent.target.batch import Batch, Cell
-    from agent.target.tracer import TracedThread
+    from agent.target.traced import TracedThread
 
 
 def read_rseq(thread: TracedThread) -> RseqState | None:

@@ -86,7 +86,8 @@ if TYPE_CHECKING:
     from agent.target.inject import Injector
     from agent.target.memory import TargetMemory
     from agent.target.template import Copy
-    from agent.target.tracer import TracedThread, Tracer
+    from agent.target.traced import TracedThread
+    from agent.target.tracer import Tracer
     from protocol.state.creds import CredState
     from protocol.state.restart import RestartState
 

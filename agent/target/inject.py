@@ -58,7 +58,8 @@ from agent.target import routine_x86_64 as routine
 from agent.target.batch import Batch, Blob, BlobAddress, Call, Cell, Packed
 from agent.target.tail import ALL_BLOCKED, Tail, find_tail
 from agent.target.template import Copy
-from agent.target.tracer import StopKind, TracedThread, Tracer
+from agent.target.traced import StopKind, TracedThread
+from agent.target.tracer import Tracer
 from agent.target.waiting import Errands, pause
 from agent.target.workers import Workers, restore_exactly, way_home
 from agent.types import PAGE_SIZE

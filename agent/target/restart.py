@@ -60,7 +60,8 @@ from protocol.state.restart import RestartState
 if TYPE_CHECKING:
     from agent.target.inject import Injector
     from agent.target.memory import TargetMemory
-    from agent.target.tracer import TracedThread, Tracer
+    from agent.target.traced import TracedThread
+    from agent.target.tracer import Tracer
 
 log = logging.getLogger(__name__)
 

@@ -18,39 +18,29 @@ agent.target.inject. Sources: ptrace(2), kernel/signal.c, kernel/ptrace.c.
 
 from __future__ import annotations
 
-import ctypes
-import enum
 import errno
 import logging
 import os
-import signal
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Final, NamedTuple, final
+from typing import Final, final
 
 from agent.errors import FreezeError, TargetGone
 from agent.kernel import ptrace, wait
-from agent.kernel.arch import user_regs_struct
-from agent.kernel.libc import syscall
-from agent.kernel.syscalls import NR_rt_sigqueueinfo
 from agent.procfs.process import list_tids
 from agent.procfs.stat import read_stat, read_task_stat
-from agent.procfs.status import read_status, read_task_status
+from agent.procfs.status import read_task_status
 from agent.target import restart, sleepers
 from agent.target.memory import TargetMemory
 from agent.target.tail import wait_healed
+from agent.target.traced import Stop, StopKind, TracedThread
 from agent.target.waiting import PATIENT_S, Errands, pause
 
 log = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S: Final = 10.0
 """How long a thread may take to stop; only one in uninterruptible sleep takes longer than microseconds."""
-_SWALLOW_S: Final = 0.1
-"""After so long it is looked whether a queued signal is still there: taking it needs no instruction of the target."""
-_SWALLOW_PATIENCE_S: Final = 60.0
-"""How long to wait for a thread to take a queued signal."""
-_ALL_SIGNALS: Final = (1 << 64) - 1
 _REAP_S: Final = 1.0
 """How long to wait for killed threads to end."""
 _LOOK: Final = os.WEXITED | os.WSTOPPED | os.WNOHANG | os.WNOWAIT | wait.WALL
@@ -59,103 +49,6 @@ _EVENTS_OF_CHILDREN: Final = (
     ptrace.PTRACE_EVENT_FORK,
     ptrace.PTRACE_EVENT_VFORK,
 )
-
-
-class StopKind(enum.Enum):
-    """Why a traced thread stopped."""
-
-    EVENT_STOP = "interrupt, group-stop or first stop of a new thread"
-    SIGNAL = "signal-delivery-stop"
-    SYSCALL = "system call entry or exit"
-    CHILD = "the thread made a new thread or process"
-
-
-class Stop(NamedTuple):
-    """One stop: its kind and the signal (of a group-stop: the stopping signal; of an interrupt: SIGTRAP)."""
-
-    kind: StopKind
-    sig: int
-
-
-class TracedThread:
-    """One seized thread. ``regs`` and ``sigmask`` are those of the stop, read when first asked for and then kept."""
-
-    def __init__(self, pid: int, tid: int) -> None:
-        self.pid = pid
-        self.tid = tid
-        self.stopped = False
-        self.pending_stop_signal = 0
-        """Signal taken from its queue but not delivered yet (signal-delivery-stop), or 0."""
-        self.in_group_stop = False
-        self.holds_sigstop = False
-        """Whether a SIGSTOP of Tracer.hold() is queued for the process."""
-        self.sample: sleepers.SleepSample | None = None
-        """What the thread was blocked in before it was interrupted, when that matters."""
-        self._regs: user_regs_struct | None = None
-        self._sigmask: int | None = None
-        self._siginfo: bytes | None = None
-        self._rseq: list[ptrace.RseqConfiguration | None] = []
-        self._regs_changed = False
-        self.settled = False
-        """Whether restart.settle() has seen this stop."""
-
-    def __repr__(self) -> str:
-        return f"<TracedThread {self.tid} {'stopped' if self.stopped else 'running'}>"
-
-    @property
-    def regs(self) -> user_regs_struct:
-        """The exact registers at the stop, with orig_rax; the same object every time."""
-        if self._regs is None:
-            self._regs = ptrace.getregs(self.tid)
-        return self._regs
-
-    @property
-    def sigmask(self) -> int:
-        """The blocked signals at the stop (of sigsuspend and the like: those that will be restored)."""
-        if self._sigmask is None:
-            self._sigmask = ptrace.getsigmask(self.tid)
-        return self._sigmask
-
-    @property
-    def rseq(self) -> ptrace.RseqConfiguration | None:
-        """The registered rseq area at the stop, if any."""
-        if not self._rseq:
-            self._rseq.append(ptrace.get_rseq_configuration(self.tid))
-        return self._rseq[0]
-
-    @property
-    def pending_siginfo(self) -> list[bytes]:
-        """The signal that left its queue but was not delivered, as raw siginfo: it comes before the queued ones."""
-        if not self.pending_stop_signal:
-            return []
-        if self._siginfo is None:
-            self._siginfo = ptrace.getsiginfo(self.tid)
-        return [self._siginfo]
-
-    def change_regs(self, regs: user_regs_struct) -> None:
-        """Make ``regs`` what the thread goes on with; written when it is let go."""
-        self._regs = regs
-        self._regs_changed = True
-
-    def set_regs_now(self, regs: user_regs_struct, sigmask: int | None = None) -> None:
-        """Write registers, and the signal mask if given, at once; for the destination's final state."""
-        ptrace.setregs(self.tid, regs)
-        self._regs = regs.copy()
-        self._regs_changed = False
-        if sigmask is not None:
-            ptrace.setsigmask(self.tid, sigmask)
-            self._sigmask = sigmask
-
-    def forget(self) -> None:
-        """Drop what was read: the thread has run since."""
-        self._regs = None
-        self._sigmask = None
-        self._siginfo = None
-        self._rseq.clear()
-        self._regs_changed = False
-        self.settled = False
-        self.pending_stop_signal = 0
-        self.in_group_stop = False
 
 
 @final
@@ -172,8 +65,6 @@ class Tracer:
         self.pid = pid
         self.kill_on_exit = kill_on_exit
         self.threads: dict[int, TracedThread] = {}
-        self._held = False
-        self._dropped: list[bytes] = []  # signals that hold() cost the process
         self._dead: list[int] = []  # threads whose end may still have to be taken from the kernel
         self.new_children: list[int] = []
         """Ids (as the agent sees them) of threads and processes made by traced threads, oldest first."""
@@ -245,7 +136,7 @@ class Tracer:
             return thread
         thread.sample = sleepers.sample_sleeper(self.pid, tid)
         ptrace.interrupt(tid)
-        self._wait_stopped(thread)
+        self.wait_stopped(thread)
         self._heal_eintr(thread)
         return thread
 
@@ -289,7 +180,7 @@ class Tracer:
 
     def _await_interrupted(self, thread: TracedThread) -> None:
         try:
-            self._wait_stopped(thread)
+            self.wait_stopped(thread)
             self._heal_eintr(thread)
         except TargetGone:
             if thread.tid in self._list_tids():
@@ -305,14 +196,14 @@ class Tracer:
             thread = self.threads[tid] = TracedThread(self.pid, tid)
         if tid in self.new_children:
             self.new_children.remove(tid)
-        self._wait_stopped(thread)
+        self.wait_stopped(thread)
         return thread
 
     # -- letting go -------------------------------------------------------------------------------------------------
 
     def resume(self, thread: TracedThread) -> None:
         """Let a stopped thread run on but stay attached; its signals then need wait_stop(): keep this short."""
-        self._before_release(thread)
+        self.before_release(thread)
         sig = thread.pending_stop_signal
         thread.forget()
         thread.stopped = False
@@ -328,8 +219,8 @@ class Tracer:
         """Let go of a thread: it runs on exactly as before, or stays in its group-stop."""
         if not thread.stopped:
             ptrace.interrupt(thread.tid)
-            self._wait_stopped(thread)
-        self._before_release(thread)
+            self.wait_stopped(thread)
+        self.before_release(thread)
         del self.threads[thread.tid]
         thread.stopped = False
         ptrace.detach(thread.tid, thread.pending_stop_signal)
@@ -365,129 +256,12 @@ class Tracer:
                     break
         dead.clear()
 
-    # -- holding ----------------------------------------------------------------------------------------------------
-
-    def hold(self) -> None:
-        """Make the process stay stopped even if the agent dies: one SIGSTOP waits for it.
-
-        All threads must be stopped. Set free by the agent's death, each passes the signal queues, under one lock,
-        before it runs a single instruction: the first one takes the SIGSTOP and stops all others by that. A process in
-        a group-stop, or with a SIGSTOP of its own, stays stopped anyway and gets none. SIGCONT ends the hold.
-
-        A frozen cgroup would hold it as well (a traced thread counts as frozen, and goes on being so when its tracer
-        dies), unseen by its parent and whatever SIGCONT comes. It is the worse choice all the same:
-
-        - The process's own cgroup may hold others, and has none of this in the root cgroup, so the process would have
-          to be moved into one made for it. cgroup.procs waits for an RCU grace period: 9-17 ms here, in the middle of
-          the downtime, where a SIGSTOP takes microseconds. Moved before the freeze, it would stay there when the agent
-          is killed: a process that runs on must be as it was, and /proc/PID/cgroup shows the difference.
-        - A cgroup has one writer, its manager (systemd, a container runtime), whose limits, accounting and notion of
-          what belongs to a service follow it. Neither moving the process nor freezing a cgroup that holds nothing
-          else is ours to do: the manager may thaw it, and a process that joins it would hang.
-        - It needs a writable cgroup2 on both hosts, which containers and version 1 machines do not have: SIGSTOP
-          would have to stay, as a second way with a second set of failures.
-        - What it would improve shows only when the agent dies, or the link breaks, within the milliseconds from COMMIT
-          to the answer, and is over with --resolve.
-        """
-        if self._held or any(thread.in_group_stop for thread in self.threads.values()):
-            return
-        pending = read_status(self.pid).shd_pnd
-        if pending & _bit(signal.SIGSTOP):
-            return
-        if pending & _bit(signal.SIGCONT):
-            # The kernel drops it from the queue when a SIGSTOP comes.
-            tid = next(iter(self.threads))
-            self._dropped = [
-                info
-                for info in ptrace.peeksiginfo(tid, shared=True)
-                if int.from_bytes(info[:4], "little") == signal.SIGCONT
-            ]
-        os.kill(self.pid, signal.SIGSTOP)
-        self._set_held(True)
-
     def still_stopped(self) -> bool:
         """Tell whether the stopped process is still there: a SIGKILL takes threads out of any stop at once."""
         try:
             return read_stat(self.pid).state == "t"
         except (FileNotFoundError, ProcessLookupError):
             return False
-
-    def unhold(self) -> None:
-        """Take back hold(): the SIGSTOP is taken from its queue and dropped; the threads stay stopped.
-
-        Signals that the kernel takes first (lower numbers) are delivered on the way, as they would have been.
-
-        :raises TargetGone: the process was killed meanwhile, or one of those signals ended it.
-        """
-        if not self._held:
-            return
-        self._swallow(self._any_thread(), signal.SIGSTOP)
-        self._set_held(False)
-        for info in self._dropped:
-            _queue_again(self.pid, signal.SIGCONT, info)
-        self._dropped = []
-
-    def end_group_stop(self) -> None:
-        """End the group-stop that all threads are in; they stay stopped by ptrace, and no handler will run."""
-        thread = self._any_thread()
-        os.kill(self.pid, signal.SIGCONT)
-        blocked = thread.sigmask & _bit(signal.SIGCONT)
-        if blocked:
-            # A call with a mask of its own loses it here: it is made again.
-            regs = restart.resuming_regs(thread.regs)
-            if regs is not thread.regs:
-                thread.change_regs(regs)
-            mask = thread.sigmask
-            ptrace.setsigmask(thread.tid, ~_bit(signal.SIGCONT) & _ALL_SIGNALS)
-        self._swallow(thread, signal.SIGCONT)
-        if blocked:
-            ptrace.setsigmask(thread.tid, mask)
-
-    def _any_thread(self) -> TracedThread:
-        return self.threads.get(self.pid) or next(iter(self.threads.values()))
-
-    def _set_held(self, held: bool) -> None:
-        self._held = held
-        for thread in self.threads.values():
-            thread.holds_sigstop = held
-
-    def _swallow(self, thread: TracedThread, sig: int) -> None:
-        # No other thread runs, so this one comes to the queued signal without running an instruction, unless somebody
-        # has taken the signal back (SIGCONT and SIGSTOP do that to each other): then it runs, and is stopped again.
-        while True:
-            self._before_release(thread)
-            delivered = thread.pending_stop_signal
-            thread.forget()
-            thread.stopped = False
-            ptrace.cont(thread.tid, delivered)
-            taken = self._wait_signal(thread, sig)
-            if taken == sig:
-                thread.pending_stop_signal = 0
-            if taken in (0, sig):
-                return
-            thread.pending_stop_signal = taken
-
-    def _wait_signal(self, thread: TracedThread, sig: int) -> int:
-        """Wait for the stop at a queued signal and return it; 0, the thread being stopped, if ``sig`` was taken back.
-
-        On a busy host the thread may wait long for a CPU.
-        """
-        deadline = time.monotonic() + _SWALLOW_PATIENCE_S
-        while True:
-            try:
-                stop = self.wait_stop(thread, _SWALLOW_S)
-            except FreezeError:
-                if read_status(self.pid).shd_pnd & _bit(sig) and time.monotonic() < deadline:
-                    continue
-                ptrace.interrupt(thread.tid)
-                stop = self._wait_stopped(thread)
-                return stop.sig if stop.kind is StopKind.SIGNAL else 0
-            if stop.kind is StopKind.SIGNAL:
-                return stop.sig
-            self._before_release(thread)
-            thread.forget()
-            thread.stopped = False
-            ptrace.cont(thread.tid, 0)
 
     def spare_on_exit(self) -> None:
         """Undo kill_on_exit for the stopped threads: a skeleton that was held outlives the agent."""
@@ -554,7 +328,7 @@ class Tracer:
             return Stop(StopKind.SYSCALL, sig)
         return Stop(StopKind.SIGNAL, sig)
 
-    def _wait_stopped(self, thread: TracedThread) -> Stop:
+    def wait_stopped(self, thread: TracedThread) -> Stop:
         """Wait for a stop in which a thread can be left alone."""
         while True:
             stop = self.wait_stop(thread)
@@ -587,7 +361,8 @@ class Tracer:
             ptrace.setregs(thread.tid, thread.regs)
             thread._regs_changed = False
 
-    def _before_release(self, thread: TracedThread) -> None:
+    def before_release(self, thread: TracedThread) -> None:
+        """Write what a stopped thread goes on with; whoever lets it go calls this first."""
         # EINTR that only our stop caused must not reach a program that did nothing to earn it.
         if not self.kill_on_exit:
             restart.settle(thread, self.memory)
@@ -646,21 +421,6 @@ class Tracer:
         )
 
 
-def release_hold(pid: int) -> None:
-    """Let a process go on whose hold() has outlived its agent; nothing happens to one that is not stopped.
-
-    :raises TargetGone: it is gone. :raises FreezeError: somebody else traces it.
-    """
-    try:
-        if read_stat(pid).state != "T":
-            return
-        with Tracer(pid) as tracer:
-            tracer.stop_all()
-            tracer.end_group_stop()
-    except (FileNotFoundError, ProcessLookupError) as err:
-        raise TargetGone(f"Process {pid} is gone") from err
-
-
 def pick_injection_thread(pid: int) -> int:
     """Return the thread that a short stop would disturb least: blocked in a call that restarts well, else running.
 
@@ -694,16 +454,3 @@ def wait_nothing(tid: int) -> bool:
 
 def _is_signal_stop(status: int) -> bool:
     return status >> 8 == 0 and status != wait.SYSCALL_STOP
-
-
-def _bit(sig: int) -> int:
-    return 1 << (sig - 1)
-
-
-def _queue_again(pid: int, sig: int, info: bytes) -> None:
-    buffer = ctypes.create_string_buffer(info, len(info))
-    try:
-        syscall(NR_rt_sigqueueinfo, pid, sig, ctypes.addressof(buffer))
-    except PermissionError:
-        # Only a process itself may claim that the kernel or kill(2) was the sender: then we are.
-        os.kill(pid, sig)

@@ -26,7 +26,7 @@ from agent.target import restart
 from agent.target import routine_x86_64 as routine
 from agent.target.memory import TargetMemory
 from agent.target.tail import ALL_BLOCKED, Tail
-from agent.target.tracer import TracedThread
+from agent.target.traced import TracedThread
 
 _U64: Final = (1 << 64) - 1
 _block_regs: Final = attrgetter(*routine.BLOCK_REGS)

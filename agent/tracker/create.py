@@ -33,7 +33,7 @@ from agent.tracker.scan import ScanTracker
 
 if TYPE_CHECKING:
     from agent.target.inject import Injector
-    from agent.target.tracer import TracedThread
+    from agent.target.traced import TracedThread
 
 FEATURES: Final = {
     "scan": uffd.UFFD_FEATURES_SCAN,

@@ -21,6 +21,7 @@ STORE = "agent.session_store:SessionStore."
 SOURCE = "agent.source:_Migration."
 DESTINATION = "agent.destination:_Migration."
 TRACER = "agent.target.tracer:Tracer."
+HOLD = "agent.target.hold:Hold."
 REBUILD = "agent.rebuild:Rebuild."
 
 
@@ -29,8 +30,8 @@ SENDER_POINTS = {
     STORE + "record_undecided:before": "here",
     STORE + "record_undecided:after": "here (record left)",
     SOURCE + "_freeze:after": "here (record left)",
-    TRACER + "hold:before": "here (record left)",
-    TRACER + "hold:after": "aborted by resolve",
+    HOLD + "take:before": "here (record left)",
+    HOLD + "take:after": "aborted by resolve",
     SOURCE + "_commit:after": "committed by resolve",
     SOURCE + "_kill_original:after": "there (record left)",
     STORE + "forget_undecided:after": "there",
@@ -43,7 +44,7 @@ RECEIVER_POINTS = {
     REBUILD + "hold:before": "aborted by resolve",
     REBUILD + "hold:after": "aborted by resolve",
     STORE + "commit:after": "committed by resolve",
-    TRACER + "unhold:after": "committed by resolve",
+    HOLD + "drop:after": "committed by resolve",
     REBUILD + "release:after": "committed by resolve",
 }
 
@@ -126,7 +127,7 @@ WINDOWS = {
         ((TRACER + "stop:before", lambda arena: 0.2 * total(arena)), 1000),
         ((SOURCE + "_freeze:before", downtime), 1000),
         ((SOURCE + "_send_final:before", downtime), 1000),
-        ((TRACER + "hold:before", lambda arena: 0.05 * downtime(arena)), 3000),
+        ((HOLD + "take:before", lambda arena: 0.05 * downtime(arena)), 3000),
     ),
     "recv": (
         ((DESTINATION + "run:before", total), 1000),

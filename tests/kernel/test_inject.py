@@ -194,7 +194,7 @@ def test_injection_from_a_signal_delivery_stop_requeues_the_signal() -> None:
         assert child.stdout is not None
         thread = tracer.seize(child.pid)
         os.kill(child.pid, sig)  # takes the thread to a signal-delivery-stop without our interrupt
-        tracer._wait_stopped(thread)
+        tracer.wait_stopped(thread)
         assert thread.pending_stop_signal == sig
         assert int.from_bytes(thread.pending_siginfo[0][:4], "little") == sig
         with Injector(tracer) as injector:

@@ -17,7 +17,8 @@ import pytest
 
 from agent.errors import FreezeError, TargetGone
 from agent.procfs.status import read_status
-from agent.target.tracer import Tracer, pick_injection_thread, release_hold
+from agent.target.hold import Hold, release_hold
+from agent.target.tracer import Tracer, pick_injection_thread
 from tests.kernel.support import skip_unless_root, wait_for
 from tests.kernel.test_inject import COUNTER, THREADED, running, state_of
 
@@ -71,7 +72,7 @@ def test_signal_taken_before_the_interrupt_is_delivered_after_detach() -> None:
         with Tracer(child.pid) as tracer:
             thread = tracer.seize(child.pid)
             os.kill(child.pid, sig)
-            tracer._wait_stopped(thread)
+            tracer.wait_stopped(thread)
             assert thread.pending_stop_signal == sig
         assert os.read(child.stdout.fileno(), 100) == bytes([sig])
 
@@ -92,8 +93,9 @@ def test_hold_and_unhold_leave_no_trace() -> None:
         with Tracer(child.pid) as tracer:
             threads = tracer.stop_all()
             regs = [thread.regs.copy() for thread in threads]
-            tracer.hold()
-            tracer.unhold()
+            hold = Hold(tracer)
+            hold.take()
+            hold.drop()
             assert [thread.regs for thread in threads] == regs
         time.sleep(0.05)
         assert state_of(child.pid) == "S"
@@ -106,7 +108,8 @@ def test_held_process_stays_stopped_when_the_agent_dies() -> None:
         if agent == 0:
             tracer = Tracer(child.pid)
             tracer.stop_all()
-            tracer.hold()
+            hold = Hold(tracer)
+            hold.take()
             os.kill(os.getpid(), signal.SIGKILL)
         os.waitpid(agent, 0)
         wait_for(lambda: state_of(child.pid) == "T", "the hold takes over")
@@ -123,7 +126,8 @@ def test_held_threads_run_no_instruction_when_the_agent_dies() -> None:
             if agent == 0:
                 tracer = Tracer(child)
                 tracer.stop_all()
-                tracer.hold()
+                hold = Hold(tracer)
+                hold.take()
                 os.write(writer, counters[:])
                 os.kill(os.getpid(), signal.SIGKILL)
             os.waitpid(agent, 0)
@@ -182,7 +186,8 @@ def test_hold_that_outlived_its_agent_ends_without_a_trace(block: bool) -> None:
     if agent == 0:
         tracer = Tracer(child.pid)
         tracer.stop_all()
-        tracer.hold()
+        hold = Hold(tracer)
+        hold.take()
         os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(agent, 0)
     wait_for(lambda: state_of(child.pid) == "T", "the hold takes over")
@@ -204,10 +209,11 @@ def test_hold_ends_on_a_busy_cpu() -> None:
         os.sched_setaffinity(child.pid, {0})
         with Tracer(child.pid) as tracer:
             tracer.stop_all()
-            tracer.hold()
+            hold = Hold(tracer)
+            hold.take()
             with subprocess.Popen([sys.executable, "-c", hog], stdout=subprocess.PIPE) as busy:
                 assert busy.stdout is not None and busy.stdout.readline() == b"up\n"
-                tracer.unhold()
+                hold.drop()
         assert state_of(child.pid) != "T"
         assert not read_status(child.pid).shd_pnd
 
@@ -228,8 +234,9 @@ def test_hold_keeps_a_pending_sigcont() -> None:
     os.kill(child.pid, signal.SIGCONT)
     with Tracer(child.pid) as tracer:
         tracer.stop_all()
-        tracer.hold()
-        tracer.unhold()
+        hold = Hold(tracer)
+        hold.take()
+        hold.drop()
     assert child.communicate(b"\n")[0] == b"True\n"
 
 
@@ -237,9 +244,10 @@ def test_hold_that_somebody_ended_is_no_obstacle() -> None:
     with running(THREADED) as child:
         with Tracer(child.pid) as tracer:
             tracer.stop_all()
-            tracer.hold()
+            hold = Hold(tracer)
+            hold.take()
             os.kill(child.pid, signal.SIGCONT)
-            tracer.unhold()
+            hold.drop()
         assert child.communicate(b"\n")[0] == b"done\n"
 
 

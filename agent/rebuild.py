@@ -54,8 +54,9 @@ from agent.state.mm import open_exe, restore_mm
 from agent.state.shmem import discard_shared, finish_shared, resize_shared, restore_shared
 from agent.state.task import TaskRestore, TaskState, clone_calls, host_tids, study_new_task
 from agent.state.vma import find_gap, plain, special_mappings
+from agent.target.batch import Batch
 from agent.target.hold import Hold
-from agent.target.inject import Batch, Injector
+from agent.target.inject_skeleton import SkeletonInjector
 from agent.target.template import Copy
 from agent.target.tracer import Tracer
 from agent.types import Pid, Tid
@@ -146,7 +147,7 @@ class Rebuild:
         self._hold = Hold(self.tracer)
         self._cleanup.callback(self.tracer.memory.close)
         self.tracer.stop_all()
-        self.injector = Injector(self.tracer, crash_safe=False, scratch_hint=self._work + (32 << 20))
+        self.injector = SkeletonInjector(self.tracer, scratch_hint=self._work + (32 << 20))
         self._mirror = LayoutMirror(
             self.pid,
             self.skeleton.agent_pidfd,

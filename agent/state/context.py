@@ -16,7 +16,7 @@ from agent.kernel.pidfd import pidfd_getfd
 from agent.types import Pid
 
 if TYPE_CHECKING:
-    from agent.target.inject import Injector
+    from agent.target.inject_skeleton import SkeletonInjector
 
 
 class DumpOptions(Protocol):
@@ -103,7 +103,7 @@ class RestoreContext:
     """
 
     pid: Pid
-    injector: Injector
+    injector: SkeletonInjector
     options: RestoreOptions
     agent_pidfd: int
     reserved_fds: frozenset[int] = frozenset()

@@ -101,7 +101,7 @@ from protocol.state.timers import TimersState
 
 if TYPE_CHECKING:
     from agent.state.context import DumpContext
-    from agent.target.inject import Injector
+    from agent.target.inject_skeleton import SkeletonInjector
     from agent.target.tracer import Tracer
 
 _KEPT_FDS = 256
@@ -502,7 +502,7 @@ class TaskRestore:
                 set_policy(host_tids[state.tid], state.sched)
 
     def finish_ptrace(
-        self, tracer: Tracer, injector: Injector, host_tids: Mapping[int, int]
+        self, tracer: Tracer, injector: SkeletonInjector, host_tids: Mapping[int, int]
     ) -> None:
         """Step 7: every thread gets its registers and stays stopped; no batch may run any more.
 

@@ -83,7 +83,7 @@ from protocol.state.thread import RseqState, ThreadState
 
 if TYPE_CHECKING:
     from agent.target.batch import Batch, Blob
-    from agent.target.inject import Injector
+    from agent.target.inject_skeleton import SkeletonInjector
     from agent.target.memory import TargetMemory
     from agent.target.template import Copy
     from agent.target.traced import TracedThread
@@ -349,7 +349,7 @@ def fit_xstate(xstate: bytes, size: int, mask: int) -> bytes:
 
 def restore_thread_ptrace(
     tracer: Tracer,
-    injector: Injector,
+    injector: SkeletonInjector,
     thread: TracedThread,
     state: ThreadState,
     layout: XstateLayout,

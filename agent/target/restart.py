@@ -58,7 +58,7 @@ from agent.target.sleepers import SleepSample, voluntary_switches
 from protocol.state.restart import RestartState
 
 if TYPE_CHECKING:
-    from agent.target.inject import Injector
+    from agent.target.inject_skeleton import SkeletonInjector
     from agent.target.memory import TargetMemory
     from agent.target.traced import TracedThread
     from agent.target.tracer import Tracer
@@ -370,7 +370,7 @@ def _restart_remaining_ns(thread: TracedThread, memory: TargetMemory, call: Know
 
 
 def rearm_restart_block(
-    tracer: Tracer, injector: Injector, thread: TracedThread, state: RestartState
+    tracer: Tracer, injector: SkeletonInjector, thread: TracedThread, state: RestartState
 ) -> int:
     """Have the kernel build the restart block of ``state`` in a restored, stopped thread of a skeleton.
 

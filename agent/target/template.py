@@ -73,7 +73,7 @@ class Template:
 
 @final
 class Copy:
-    """One run of a template, for Injector.run_parallel(); what it left is in ``content`` afterwards."""
+    """One run of a template, for Runner.run_parallel(); what it left is in ``content`` afterwards."""
 
     def __init__(self, template: Template, variables: bytes, offset: int) -> None:
         self.template = template

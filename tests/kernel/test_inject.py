@@ -29,6 +29,7 @@ from agent.kernel.syscalls import (
 )
 from agent.target import inject
 from agent.target.inject import Batch, Call, Injector
+from agent.target.inject_skeleton import SkeletonInjector
 from agent.target.tail import TailPlace, find_tail
 from agent.target.template import Template
 from agent.target.tracer import Tracer
@@ -292,7 +293,7 @@ def test_slow_agent_is_told_and_all_threads_unharmed(monkeypatch: pytest.MonkeyP
 
 
 def test_more_threads_than_can_run_at_once_run_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inject, "_MAX_PARALLEL", 4)
+    monkeypatch.setattr(inject, "MAX_PARALLEL", 4)
     with running(THREADED) as child:
         with Tracer(child.pid) as tracer:
             threads = tracer.stop_all()
@@ -394,7 +395,7 @@ def test_skeleton_mode_keeps_its_scratch_mapping_and_can_move_it() -> None:
     with running(THREADED) as child, Tracer(child.pid, kill_on_exit=True) as tracer:
         thread = tracer.stop(child.pid)
         hint = 0x10_0000_0000
-        injector = Injector(tracer, crash_safe=False, scratch_hint=hint)
+        injector = SkeletonInjector(tracer, scratch_hint=hint)
         for address in (hint, 0x20_0000_0000):
             batch = Batch()
             call = batch.call(NR_getpid)

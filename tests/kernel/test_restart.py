@@ -20,6 +20,7 @@ from agent.kernel.syscalls import (
 )
 from agent.target import restart
 from agent.target.inject import Batch, Injector
+from agent.target.inject_skeleton import SkeletonInjector
 from agent.target.sleepers import guess_restarted
 from agent.target.tracer import Tracer
 from protocol.state.restart import RestartState
@@ -177,7 +178,7 @@ def test_restart_block_can_be_built_anew(name: str) -> None:
             regs = regs.copy()
             assert state is not None and state.nr in (number, NR_clock_nanosleep)
             assert 0.1e9 < state.remaining_ns < 0.7e9
-            injector = Injector(tracer, crash_safe=False)
+            injector = SkeletonInjector(tracer)
             batch = Batch()
             batch.call(NR_getpid)
             injector.run(batch)
@@ -249,7 +250,7 @@ def test_rearmed_call_that_returns_at_once_gives_its_result() -> None:
             regs = thread.regs
             args = (regs.rdi, 0, 12345, regs.r10, 0, 0)  # the word does not have this value
             state = RestartState(nr=NR_futex, args=args, remaining_ns=10**9)
-            injector = Injector(tracer, crash_safe=False)
+            injector = SkeletonInjector(tracer)
             answer = restart.rearm_restart_block(tracer, injector, thread, state)
             assert answer == -errno.EAGAIN
             final = restart.apply_restart(regs, answer)

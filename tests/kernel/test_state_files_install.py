@@ -24,7 +24,7 @@ from agent.state.fileitems import decode_items
 from agent.state.filerestore import FileRestorer
 from agent.state.files import check_files, dump_files
 from agent.target.batch import Batch
-from agent.target.inject import Injector
+from agent.target.inject_skeleton import SkeletonInjector
 from agent.target.tracer import Tracer
 from agent.types import Pid
 from protocol.state.files import FilesState
@@ -35,7 +35,7 @@ AGENT_PIDFD = 900
 
 
 @contextmanager
-def skeleton() -> Iterator[tuple[Pid, Injector]]:
+def skeleton() -> Iterator[tuple[Pid, SkeletonInjector]]:
     """A stopped process that files can be installed in; number AGENT_PIDFD is its pidfd of this process."""
     process = subprocess.Popen(["/bin/sleep", "1000"], stdin=subprocess.DEVNULL)
     try:
@@ -44,7 +44,7 @@ def skeleton() -> Iterator[tuple[Pid, Injector]]:
             time.sleep(0.001)
         with Tracer(process.pid, kill_on_exit=True) as tracer:
             tracer.stop_all()
-            with Injector(tracer, crash_safe=False, scratch_hint=SCRATCH) as injector:
+            with SkeletonInjector(tracer, scratch_hint=SCRATCH) as injector:
                 batch = Batch()
                 pidfd = batch.call(nr.NR_pidfd_open, os.getpid(), 0)
                 batch.call(nr.NR_dup3, pidfd, AGENT_PIDFD, os.O_CLOEXEC)

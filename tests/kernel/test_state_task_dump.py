@@ -58,7 +58,9 @@ from agent.state.task import (
     study_new_task,
 )
 from agent.target.inject import Batch, Injector
+from agent.target.inject_skeleton import SkeletonInjector
 from agent.target.memory import TargetMemory
+from agent.target.runner import Runner
 from agent.target.tracer import Tracer
 from agent.types import Pid
 from tests.kernel.support import Puppet, blocked_in, puppet, skip_unless_root, wait_for
@@ -144,11 +146,11 @@ def context_of(pid: int) -> DumpContext:
 
 def dump(tracer: Tracer, *, crash_safe: bool = True) -> TaskState:
     """Dump the process of ``tracer`` while it is stopped."""
-    with Injector(tracer, crash_safe=crash_safe) as injector:
+    with (Injector if crash_safe else SkeletonInjector)(tracer) as injector:
         return dump_with(tracer, injector)
 
 
-def dump_with(tracer: Tracer, injector: Injector) -> TaskState:
+def dump_with(tracer: Tracer, injector: Runner) -> TaskState:
     task = TaskDump(context_of(tracer.pid))
     injector.run_parallel(task.plan(tracer), meanwhile=task.look())
     return task.state()
@@ -269,7 +271,7 @@ def in_twin(state: TaskState, pid: int) -> TaskState:
     )
 
 
-def make_bare(injector: Injector, state: TaskState) -> None:
+def make_bare(injector: Runner, state: TaskState) -> None:
     """Undo what a fork, other than a new skeleton, inherits: the rseq registration."""
     rseq = state.leader.rseq
     if rseq is not None:
@@ -278,7 +280,7 @@ def make_bare(injector: Injector, state: TaskState) -> None:
         injector.run(batch)
 
 
-def restore(tracer: Tracer, injector: Injector, state: TaskState) -> TaskRestore:
+def restore(tracer: Tracer, injector: SkeletonInjector, state: TaskState) -> TaskRestore:
     """All steps but the last one."""
     task = TaskRestore(state, tracer.pid, study_new_task(tracer.pid), keep_pdeath_signal=True)
     for step in (task.early_calls, task.process_calls, task.future_mappings_calls):
@@ -318,7 +320,7 @@ def test_restored_task_dumps_as_the_original(own_pid: int | None) -> None:
             wait_for(lambda: not os.path.exists(f"/proc/{child.pid}"), "the source to be gone")
             with Tracer(twin, kill_on_exit=True) as tracer:
                 tracer.stop_all()
-                injector = Injector(tracer, crash_safe=False)
+                injector = SkeletonInjector(tracer)
                 make_bare(injector, original)
                 task = restore(tracer, injector, original)
                 again = dump_with(tracer, injector)

@@ -23,7 +23,7 @@ from typing import Any
 
 from agent.errors import RestoreError, TransferError
 from agent.kernel import syscalls as nr
-from agent.state import filelock
+from agent.state import filelock, inetsk, unixrestore
 from agent.state.context import RestoreContext
 from agent.state.fdtable import make_room
 from agent.state.fileitems import decode_item, decode_items
@@ -37,7 +37,6 @@ from agent.state.openfile import (
     RestoreJob,
 )
 from agent.state.registry import FILE_KINDS
-from agent.state.unixrestore import listen_calls
 from agent.target.batch import Batch, Call
 from protocol.state.files import FdEntry, FilesChange, FilesState
 
@@ -69,6 +68,8 @@ class FileRestorer:
         """Numbers at which the two may differ."""
         self._ahead: set[int] = set()
         """File ids of what was made ahead."""
+        self._bound: frozenset[int] = frozenset()
+        """Those of them that hold a port."""
         self._late: dict[str, list[Item[Any]]] = {}
         """What is made in the end, by kind."""
 
@@ -82,13 +83,18 @@ class FileRestorer:
         items = self._begin(state)
         _make_room(len(state.files))
         job = self._job
+        job.ahead = True
         for name, kind in FILE_KINDS.items():
             if kind.unchanged is not None and name in items:
                 self._try_to_make(kind, items[name])
+        job.ahead = False
         # A number that the skeleton needs is an error in the end, if the process still has it open.
         self._drop(item for item in job.items.values() if not job.ctx.reserved_fds.isdisjoint(item.fds))
         self._drop_deaf_epolls(items.get("epoll", ()))
         self._ahead = set(job.fds)
+        self._bound = frozenset(
+            item.id for item in items.get("inet", ()) if item.id in self._ahead and item.body.local
+        )
         made = {
             name: kept
             for name, found in items.items()
@@ -153,10 +159,12 @@ class FileRestorer:
         :raises RestoreError: when one cannot be made; close() lets go of the others.
         :raises TransferError: the source contradicts itself.
         """
+        before = dict(self._standing) if self._bound else {}
         if isinstance(files, FilesState):
             self._begin(files)
         else:
             self._follow(files)
+        self._free_ports(before)
         job = self._job
         self._late = {}
         for number in sorted(job.items.keys() - self._ahead):
@@ -205,6 +213,20 @@ class FileRestorer:
                 items[file_id] = decode_item(new[file_id], tuple(sorted(fds)))
             else:
                 items[file_id] = replace(items[file_id], fds=tuple(sorted(fds)))
+
+    def _free_ports(self, before: Mapping[int, FdEntry]) -> None:
+        """Close sockets made ahead that have come to nothing: what takes their place may want their ports."""
+        gone = [
+            fd
+            for fd, entry in before.items()
+            if entry.file_id in self._bound and entry.file_id not in self._ahead
+        ]
+        if gone:
+            batch = Batch()
+            _add_closing(batch, sorted(gone))
+            self._run(batch)
+            for fd in gone:
+                self._standing.pop(fd, None)
 
     def install(self) -> None:
         """Put everything into the skeleton's table under the exact numbers; other numbers are closed.
@@ -338,7 +360,9 @@ class FileRestorer:
 
     def last_calls(self, batch: Batch) -> None:
         """Add the calls that the process must make with its own credentials, in the batch that sets them."""
-        listen_calls(self._late.get("unix", ()), batch)
+        unixrestore.listen_calls(self._late.get("unix", ()), batch)
+        items = self._job.items
+        inetsk.listen_calls((items[number] for number in sorted(self._bound & self._ahead)), batch)
 
     def close(self) -> None:
         """Close the agent's copies. Safe to call twice.

@@ -17,23 +17,27 @@ import os
 import select
 import socket
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from agent.errors import RestoreError
+from agent.kernel import syscalls as nr
 from agent.kernel.libc import libc
 from agent.state.context import DumpContext
 from agent.state.openfile import (
+    Candidates,
     Description,
     DumpJob,
     FileKind,
     Item,
     PreflightJob,
+    Recheck,
     RestoreJob,
     find_holders,
+    read_owner,
     set_status_flags,
 )
-from agent.state.sockets import opened
+from agent.state.sockets import opened, socket_identity
 from agent.state.sockopts import (
     SO_PEEK_OFF,
     apply_options,
@@ -41,6 +45,7 @@ from agent.state.sockopts import (
     has_filter,
     pack_linger,
 )
+from agent.target.batch import Batch
 from protocol.state.inetsk import InetAddress, InetMessage, InetSocket, InetState
 from protocol.state.sockopts import SocketOptions
 
@@ -215,6 +220,28 @@ def _show(address: InetAddress | None) -> str:
     return f"[{address.host}]:{address.port}" if ":" in address.host else f"{address.host}:{address.port}"
 
 
+def inet_unchanged(check: Recheck, found: Candidates[InetSocket]) -> Iterator[int]:
+    """Of TCP sockets that nobody outside can reach, or that will be found reset: those that a dump describes as before.
+
+    Datagrams would come to a socket as soon as it is bound, so all of UDP is made in the end.
+    """
+    for desc, body in found:
+        if body.type != socket.SOCK_STREAM or body.state is InetState.CONNECTED:
+            continue
+        if check.now is check.before or _dump_again(check.now, desc) == body:
+            yield desc.id
+
+
+def _dump_again(job: DumpJob, desc: Description) -> InetSocket | None:
+    # None: not as it was. The dump that follows says why it cannot be carried.
+    try:
+        fd = job.fetch(desc)
+        job.memo[f"socket {desc.fd}"] = socket_identity(fd)
+        return dump_inet(job, desc) if read_owner(fd) is None else None
+    except OSError:
+        return None
+
+
 def reset_connections(ctx: DumpContext) -> None:
     """Reset every TCP connection, and close every listening socket, that only the stopped process holds.
 
@@ -298,7 +325,7 @@ def restore_inet(job: RestoreJob, items: Sequence[Item[InetSocket]]) -> None:
                 if body.state is InetState.RESET:
                     sock = resets.make(body.family)
                 else:
-                    sock = _make(body)
+                    sock = _make(body, listening=not job.ahead)
             except OSError as err:
                 raise RestoreError(
                     f"Cannot restore {item}: {_show(body.local)}: {err.strerror}"
@@ -343,14 +370,22 @@ def _send_queue(
                 _log.warning("A datagram waiting in %s is lost: %s", item, err)
 
 
-def _make(body: InetSocket) -> socket.socket:
+def listen_calls(items: Iterable[Item[InetSocket]], batch: Batch) -> None:
+    """Add the calls that have the process listen on sockets that were made ahead."""
+    for item in items:
+        if item.body.state is InetState.LISTENING:
+            name = f"listen({_show(item.body.local)})"
+            batch.call(nr.NR_listen, item.fds[0], item.body.backlog, name=name)
+
+
+def _make(body: InetSocket, *, listening: bool) -> socket.socket:
     sock = _bind(body)
     try:
         if body.type == socket.SOCK_STREAM and body.local is not None:
             reuse = body.options.ints.get("SO_REUSEADDR", 0)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
         apply_options(sock, body.options, before_bind=False)
-        if body.state is InetState.LISTENING:
+        if body.state is InetState.LISTENING and listening:
             sock.listen(body.backlog)
         elif body.state is InetState.CONNECTED and body.remote is not None:
             sock.connect(_sockaddr(body.family, body.remote))
@@ -399,4 +434,10 @@ class ResetMaker:
             listener.close()
 
 
-KIND = FileKind(name="inet", dump=dump_inet, restore=restore_inet, preflight=preflight_inet)
+KIND = FileKind(
+    name="inet",
+    dump=dump_inet,
+    restore=restore_inet,
+    preflight=preflight_inet,
+    unchanged=inet_unchanged,
+)

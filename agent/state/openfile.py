@@ -284,6 +284,8 @@ class RestoreJob:
     """What stands in the skeleton already, by file id, with one of its numbers there."""
     elapsed_ns: int = 0
     """How long ago the table was dumped, by the process's own clock."""
+    ahead: bool = False
+    """Whether the source still runs: nobody outside may notice what is made."""
 
     def agent_fd(self, file_id: int) -> int:
         """Return the agent's descriptor of a file, which stays the job's.

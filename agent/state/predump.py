@@ -1,9 +1,10 @@
 """Open files dumped while the target runs, so that the freeze only has to find out what has changed since.
 
 What is dumped so is what the destination may make ahead, without anybody noticing and without a trace if it comes to
-nothing: files, directories, devices, pipes with nothing in them, eventfds, epolls of these... A kind has to say what
-must be looked at for that (FileKind.unchanged); sockets and all that is locked, has an owner or is a FIFO is dumped in
-the freeze as if there had been no earlier dump.
+nothing: files, directories, devices, pipes with nothing in them, eventfds, TCP sockets that listen (those made ahead do
+not yet) or will be found reset, epolls of these... A kind has to say what must be looked at for that
+(FileKind.unchanged); other sockets and all that is locked, has an owner or is a FIFO is dumped in the freeze as if
+there had been no earlier dump.
 
 A description is unchanged when its numbers show the same link and fdinfo as before, are not shared in another way, and
 its kind finds the rest as it was. It need not be the same one: closed and opened again, in the same state, is as good.
@@ -23,6 +24,7 @@ from agent.state.fdtable import Facts, TableReader, describe, group
 from agent.state.files import dump_all, dump_one, own_clock_ns, require_carried
 from agent.state.openfile import O_ASYNC, Description, DumpJob, Recheck
 from agent.state.registry import FILE_KINDS
+from agent.state.sockets import is_tcp
 from protocol.state.files import FdEntry, FilesChange, FilesState, OpenFile
 
 
@@ -68,10 +70,9 @@ class PreDump:
         # Obstacles do not matter: the final look finds them if they are still there.
         candidates = {}
         for desc in found:
-            if desc.link.startswith("socket:"):
-                continue
             with contextlib.suppress(OSError):
-                dumped = dump_one(self._job, desc)
+                is_candidate = not desc.link.startswith("socket:") or is_tcp(self._job, desc)
+                dumped = dump_one(self._job, desc) if is_candidate else None
                 if dumped is not None and _may_be_ahead(dumped[0]):
                     candidates[desc.id] = desc
                     self._files[desc.id] = dumped

@@ -50,6 +50,15 @@ def kind_of_socket(job: DumpJob, desc: Description) -> str:
     return ""
 
 
+def is_tcp(job: DumpJob, desc: Description) -> bool:
+    """Tell whether a socket is one of TCP.
+
+    :raises OSError: it is none, or gone.
+    """
+    family, _kind, protocol = socket_identity(job.fetch(desc))
+    return family in (socket.AF_INET, socket.AF_INET6) and protocol == socket.IPPROTO_TCP
+
+
 def socket_identity(fd: int) -> tuple[int, int, int]:
     """Return family, type and protocol of a socket given an agent descriptor.
 

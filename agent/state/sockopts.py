@@ -127,6 +127,10 @@ def _read(sock: socket.socket, option: Option) -> Value:
     return sock.getsockopt(option.level, option.number)
 
 
+_NOT_OF_STREAMS = frozenset({"IP_MULTICAST_TTL", "IPV6_MULTICAST_HOPS"})
+"""Accepted connections have what came in with their first packet; nobody can set it."""
+
+
 @functools.cache
 def _defaults(family: int, kind: int, protocol: int) -> dict[str, tuple[Option, Value]]:
     """The options that this sort of socket has, with the values of a new one."""
@@ -137,7 +141,7 @@ def _defaults(family: int, kind: int, protocol: int) -> dict[str, tuple[Option, 
         levels |= {SOL_IPV6} if family == socket.AF_INET6 else set()
     with socket.socket(family, kind, protocol) as sock:
         for name, option in OPTIONS.items():
-            if option.level in levels:
+            if option.level in levels and not (kind == socket.SOCK_STREAM and name in _NOT_OF_STREAMS):
                 try:
                     found[name] = (option, _read(sock, option))
                 except OSError:

@@ -23,7 +23,7 @@ from typing import Any
 
 from agent.errors import RestoreError, TransferError
 from agent.kernel import syscalls as nr
-from agent.state import filelock, inetsk, unixrestore
+from agent.state import filelock, inetsk
 from agent.state.context import RestoreContext
 from agent.state.fdtable import make_room
 from agent.state.fileitems import decode_item, decode_items
@@ -37,8 +37,10 @@ from agent.state.openfile import (
     RestoreJob,
 )
 from agent.state.registry import FILE_KINDS
+from agent.state.unixrestore import listen_calls
 from agent.target.batch import Batch, Call
 from protocol.state.files import FdEntry, FilesChange, FilesState
+from protocol.state.inetsk import InetState
 
 _log = logging.getLogger(__name__)
 
@@ -70,6 +72,8 @@ class FileRestorer:
         """File ids of what was made ahead."""
         self._bound: frozenset[int] = frozenset()
         """Those of them that hold a port."""
+        self._listeners: dict[int, int] = {}
+        """The agent's copies of those of them that are to listen in the end, by file id."""
         self._late: dict[str, list[Item[Any]]] = {}
         """What is made in the end, by kind."""
 
@@ -104,6 +108,9 @@ class FileRestorer:
         job.items = {item.id: item for found in made.values() for item in found}
         try:
             self._install({entry.fd: entry for entry in state.fds if entry.file_id in self._ahead}, made)
+            for number in self._bound:
+                if whole[number].body.state is InetState.LISTENING:
+                    self._listeners[number] = job.fds.pop(number)
         finally:
             self._close_copies()
             job.items = whole
@@ -182,6 +189,8 @@ class FileRestorer:
                         f"Cannot restore {items[0]}"
                         f"{' or others' if len(items) > 1 else ''}: {name}: {err}"
                     ) from err
+        for number, fd in self._listeners.items():
+            inetsk.listen_ahead(job.items[number], fd)
         for item in late:
             filelock.restore_locks(item, job.fds[item.id])
 
@@ -227,6 +236,8 @@ class FileRestorer:
             self._run(batch)
             for fd in gone:
                 self._standing.pop(fd, None)
+        for number in self._listeners.keys() - self._ahead:
+            os.close(self._listeners.pop(number))
 
     def install(self) -> None:
         """Put everything into the skeleton's table under the exact numbers; other numbers are closed.
@@ -357,12 +368,11 @@ class FileRestorer:
             if start is not None:
                 start(self._job, items)
         self._close_copies()
+        self._close_listeners()
 
     def last_calls(self, batch: Batch) -> None:
         """Add the calls that the process must make with its own credentials, in the batch that sets them."""
-        unixrestore.listen_calls(self._late.get("unix", ()), batch)
-        items = self._job.items
-        inetsk.listen_calls((items[number] for number in sorted(self._bound & self._ahead)), batch)
+        listen_calls(self._late.get("unix", ()), batch)
 
     def close(self) -> None:
         """Close the agent's copies. Safe to call twice.
@@ -370,6 +380,7 @@ class FileRestorer:
         A process that no longer lives was not released: names taken from the source go back.
         """
         self._close_copies()
+        self._close_listeners()
         while self._job.replaced:
             path, aside = self._job.replaced.pop()
             with contextlib.suppress(OSError):
@@ -381,6 +392,10 @@ class FileRestorer:
     def _close_copies(self) -> None:
         while self._job.fds:
             os.close(self._job.fds.popitem()[1])
+
+    def _close_listeners(self) -> None:
+        while self._listeners:
+            os.close(self._listeners.popitem()[1])
 
     def agent_fd(self, file_id: int) -> int:
         """Return the agent's copy of a description, until start() or close()."""

@@ -17,11 +17,10 @@ import os
 import select
 import socket
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from agent.errors import RestoreError
-from agent.kernel import syscalls as nr
 from agent.kernel.libc import libc
 from agent.state.context import DumpContext
 from agent.state.openfile import (
@@ -45,7 +44,6 @@ from agent.state.sockopts import (
     has_filter,
     pack_linger,
 )
-from agent.target.batch import Batch
 from protocol.state.inetsk import InetAddress, InetMessage, InetSocket, InetState
 from protocol.state.sockopts import SocketOptions
 
@@ -370,12 +368,17 @@ def _send_queue(
                 _log.warning("A datagram waiting in %s is lost: %s", item, err)
 
 
-def listen_calls(items: Iterable[Item[InetSocket]], batch: Batch) -> None:
-    """Add the calls that have the process listen on sockets that were made ahead."""
-    for item in items:
-        if item.body.state is InetState.LISTENING:
-            name = f"listen({_show(item.body.local)})"
-            batch.call(nr.NR_listen, item.fds[0], item.body.backlog, name=name)
+def listen_ahead(item: Item[InetSocket], fd: int) -> None:
+    """Have a socket listen that was made ahead; ``fd`` is the agent's.
+
+    :raises RestoreError: somebody else listens there by now.
+    """
+    body = item.body
+    with opened(fd, body.family, body.type, body.protocol) as sock:
+        try:
+            sock.listen(body.backlog)
+        except OSError as err:
+            raise RestoreError(f"Cannot restore {item}: {_show(body.local)}: {err.strerror}") from err
 
 
 def _make(body: InetSocket, *, listening: bool) -> socket.socket:

@@ -189,8 +189,8 @@ def _group_key(link: str, text: FdInfo, info: os.stat_result | None) -> Key:
     # What two numbers of one description must have in common; only within a group does kcmp(2) have
     # to tell.
     if link.startswith("socket:"):
-        # A socket has one description and cannot be opened again.
-        return (link, text.flags & ~O_CLOEXEC)
+        # A socket has one description and cannot be opened again; it can be locked.
+        return (link, text.flags & ~O_CLOEXEC, *text.get_all("lock"))
     rest = tuple(line for line in text.lines if line[0] != "flags")
     place = (info.st_dev, info.st_ino) if info is not None else ()
     return (link, text.flags & ~O_CLOEXEC, rest, *place)

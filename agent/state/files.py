@@ -135,9 +135,9 @@ def dump_all(job: DumpJob, descriptions: Iterable[Description]) -> tuple[OpenFil
     try:
         for desc in descriptions:
             found.append(dump_one(job, desc))
-            if not job.content:
-                # A process that runs must not be left with copies for longer than a moment.
-                job.ctx.drop_fetched()
+            # A process that runs must not be left with copies for longer than a moment, and the agent has no room for
+            # those of thousands.
+            job.ctx.drop_fetched()
     finally:
         job.ctx.drop_fetched()
     return tuple(dumped[0] for dumped in found if dumped is not None)

@@ -226,18 +226,35 @@ def inet_unchanged(check: Recheck, found: Candidates[InetSocket]) -> Iterator[in
     for desc, body in found:
         if body.type != socket.SOCK_STREAM or body.state is InetState.CONNECTED:
             continue
-        if check.now is check.before or _dump_again(check.now, desc) == body:
+        if check.now is check.before or _is_as_before(check.now, desc, body):
             yield desc.id
 
 
-def _dump_again(job: DumpJob, desc: Description) -> InetSocket | None:
-    # None: not as it was. The dump that follows says why it cannot be carried.
+def _is_as_before(job: DumpJob, desc: Description, body: InetSocket) -> bool:
+    # Where it is not, the dump that follows says why it cannot be carried.
     try:
         fd = job.fetch(desc)
+        if read_owner(fd) is not None:
+            return False
+        if body.state is InetState.RESET and job.ctx.options.tcp_close and _is_connected(fd, body):
+            return True
         job.memo[f"socket {desc.fd}"] = socket_identity(fd)
-        return dump_inet(job, desc) if read_owner(fd) is None else None
+        return dump_inet(job, desc) == body
     except OSError:
-        return None
+        return False
+    finally:
+        job.ctx.drop_fetched()  # The agent has no room for copies of thousands.
+
+
+def _is_connected(fd: int, body: InetSocket) -> bool:
+    """Tell of a TCP socket that was to be found reset whether it still is; False where only a whole dump can tell.
+
+    A server has thousands of them. IPV6_ADDRFORM makes one of IPv4 of one of IPv6.
+    """
+    with opened(fd, body.family, body.type, body.protocol) as sock:
+        state = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+        family = sock.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN)
+    return state not in (TCP_LISTEN, TCP_CLOSE) and family == body.family
 
 
 def reset_connections(ctx: DumpContext) -> None:

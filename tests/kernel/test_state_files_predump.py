@@ -335,6 +335,7 @@ SOCKET_CHANGES: dict[str, tuple[str, set[int]]] = {
     "backlog": ("lent(11).listen(9)", {11, 51}),
     "non-blocking": ("os.set_blocking(11, False)", {11, 51}),
     "owner": ("fcntl.fcntl(11, 10, 12)", {11, 51}),
+    "locked": ("fcntl.flock(11, 1)", {11, 51}),
     "interest": ("watch(51, MOD, 11, 5)", {51}),
 }  # fmt: skip
 
@@ -342,7 +343,7 @@ SOCKET_CHANGES: dict[str, tuple[str, set[int]]] = {
 @pytest.mark.parametrize("name", SOCKET_CHANGES)
 def test_sockets_that_have_changed_and_no_others_are_dumped_again(tmp_path: Path, name: str) -> None:
     later, dumped = SOCKET_CHANGES[name]
-    options = Options(tcp_close=True)
+    options = Options(tcp_close=True, file_locks=True)
     state = told(tmp_path, SERVER, later, options)
     assert state.prepared == SERVING
     assert state.dumped == dumped

@@ -1,18 +1,41 @@
-"""Real programs: Redis under load, nginx, a Java virtual machine."""
+"""Servers: Redis under load, nginx, a Java virtual machine, one of TCP whose clients stay connected."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.hosts import Host, wait_until
-from tests.migrate.crossing import Workload, migrate, start_program, start_workload
+from tests.hosts import REPOSITORY, Host, wait_until
+from tests.migrate.crossing import (
+    COMPLETED,
+    Receiver,
+    Workload,
+    agent_send,
+    migrate,
+    start_program,
+    start_workload,
+)
 from tests.prerequisites import require_program
 
 WORKLOADS = Path(__file__).resolve().parent.parent / "workloads"
 REDIS_PORT = 6379
+ECHO_PORT = 7007
+CLIENTS = """
+import socket, sys
+clients = [socket.create_connection(("127.0.0.1", int(sys.argv[1]))) for _ in range(3)]
+def told(client):
+    try: return client.recv(9)
+    except ConnectionResetError: return b"reset"
+for client in clients: client.sendall(b"hello")
+print([told(client) for client in clients], flush=True)
+if "stay" in sys.argv: print([told(client) for client in clients], flush=True)
+"""
 
 
 def start_server(host: Host, directory: Path, name: str, argv: list[str], port: int) -> Workload:
@@ -85,3 +108,57 @@ def test_java_virtual_machine_goes_on(source: Host, destination: Host, tmp_path:
     assert after["nr_errors"] == 0
     for counter in ("allocated", "checked", "passed"):
         assert after[counter] > before[counter], f"{counter} stands still"
+
+
+def start_echo_server(source: Host, directory: Path) -> tuple[Workload, Any]:
+    """A server and three clients of it, which have had an answer and wait for another one."""
+    argv = [sys.executable, "-m", "tests.workloads.echoserver", str(ECHO_PORT)]
+    server = start_server(source, directory, "echo", argv, ECHO_PORT)
+    clients = source.popen([sys.executable, "-c", CLIENTS, str(ECHO_PORT), "stay"])
+    assert clients.popen.stdout is not None
+    assert clients.popen.stdout.readline().count(b"hello") == 3
+    return server, clients
+
+
+def assert_echoes(host: Host) -> None:
+    assert host.run([sys.executable, "-c", CLIENTS, str(ECHO_PORT)]).stdout.count(b"hello") == 3
+
+
+def sockets_of(host: Host, pid: int) -> list[str]:
+    folder = host.proc(pid) / "fd"
+    return [link for name in os.listdir(folder) if (link := os.readlink(folder / name)).startswith("socket:")]
+
+
+@pytest.mark.parametrize("tracker", ["auto", "compare"])
+def test_a_server_with_clients_answers_new_ones_on_its_new_host(
+    source: Host, destination: Host, tmp_path: Path, tracker: str
+) -> None:
+    server, clients = start_echo_server(source, tmp_path)
+    assert len(sockets_of(source, server.pid)) == 4
+    migrate(server, destination, tmp_path, send=["--tcp-close", "--verify", f"--tracker={tracker}"])
+    told, _ = clients.communicate()
+    assert told.count(b"reset") + told.count(b"b''") == 3, told
+    # It has closed what it found reset.
+    wait_until(lambda: len(sockets_of(destination, server.pid)) == 1, "the server to close connections")
+    assert_echoes(destination)
+    assert destination.outer_pid(server.pid)
+
+
+def test_nothing_of_a_server_with_clients_is_dumped_or_made_in_the_freeze(
+    source: Host, destination: Host, tmp_path: Path
+) -> None:
+    server, _clients = start_echo_server(source, tmp_path)
+    image = tmp_path / "image.ferry"
+    agent_send(source, tmp_path, "--tcp-close", server.pid, f"file:{image}", check=COMPLETED)
+    shown = subprocess.run(
+        [sys.executable, REPOSITORY / "tools" / "decode_stream.py", image], capture_output=True, check=True
+    )
+    lines = [json.loads(line) for line in shown.stdout.splitlines()]
+    found = {line["kind"]: line["body"] for line in lines if line.get("message") == "StateSection"}
+    ahead = sorted(file["kind"] for file in found["pre_files"]["files"])
+    assert [kind for kind in ahead if kind in ("epoll", "inet")] == ["epoll", *["inet"] * 4]
+    change = found["files_change"]
+    assert not change["files"] and not change["fds"] and not change["closed"]
+    received = Receiver(destination, tmp_path, address=f"file:{image}").finish()
+    assert received.status == COMPLETED, str(received)
+    assert_echoes(destination)

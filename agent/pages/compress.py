@@ -14,9 +14,12 @@ import zstandard
 from agent.errors import TransferError
 from agent.kernel.tcp_info import LinkProgress
 from agent.pages.auto import LEVELS, AutoLevel
+from protocol.limits import MAX_BATCH_BYTES
 
 WORTHWHILE_RATIO = 0.9
 """Compressed size over raw size below which a batch goes compressed."""
+MAX_WINDOW_BYTES = 8 << 20
+"""What a frame may have the decompressor keep of what went before; RFC 8878 has every decompressor take that much."""
 PROBE_EVERY = 16
 """While data does not shrink, "auto" tries one batch in so many."""
 
@@ -73,24 +76,27 @@ class Compressor:
 
 
 class Decompressor:
-    """Undoes Compressor."""
+    """Undoes Compressor. One warm buffer: a new one for each batch costs as much in page faults as decompressing."""
 
     def __init__(self) -> None:
-        self._zstd = zstandard.ZstdDecompressor()
+        self._zstd = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
+        self._buffer = memoryview(bytearray(MAX_BATCH_BYTES))
 
-    def decompress(self, payload: memoryview, nr_bytes: int) -> bytes:
-        """Return exactly `nr_bytes` bytes. Hostile input costs no more memory than that.
+    def decompress(self, payload: memoryview, nr_bytes: int) -> memoryview:
+        """Return exactly `nr_bytes` bytes, valid until the next call. Hostile input costs no more memory than that.
 
         :raises TransferError: the payload is not a zstd frame of that content.
         """
         try:
-            # Without a content size in the frame, max_output_size bounds the output; with one, check it first.
             declared = zstandard.frame_content_size(payload)
             if declared not in (-1, nr_bytes):
                 raise TransferError(f"Compressed batch holds {declared} bytes, expected {nr_bytes}")
-            data = self._zstd.decompress(payload, max_output_size=nr_bytes)
+            with self._zstd.stream_reader(payload) as reader:
+                done = reader.readinto(self._buffer[:nr_bytes])
+                more = bool(reader.read(1))
         except zstandard.ZstdError as err:
             raise TransferError("Cannot decompress a page batch") from err
-        if len(data) != nr_bytes:
-            raise TransferError(f"Compressed batch holds {len(data)} bytes, expected {nr_bytes}")
-        return data
+        if done != nr_bytes or more:
+            size = f"more than {nr_bytes}" if more else done
+            raise TransferError(f"Compressed batch holds {size} bytes, expected {nr_bytes}")
+        return self._buffer[:nr_bytes]

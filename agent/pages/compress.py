@@ -37,12 +37,15 @@ class Compressor:
         *,
         progress: Callable[[], LinkProgress | None] = lambda: None,
         clock: Callable[[], float] = time.perf_counter,
+        cpu_clock: Callable[[], float] = time.thread_time,
     ) -> None:
         if method not in ("none", "zstd", "auto"):
             raise ValueError(f"unknown compression method {method!r}")
         self._auto = AutoLevel() if method == "auto" else None
         self._progress = progress
         self._clock = clock
+        self._cpu_clock = cpu_clock
+        self._began_s = self._began_cpu_s = 0.0
         levels = {"none": (), "zstd": (level,), "auto": LEVELS[1:]}[method]
         self._level = level if method == "zstd" else 0
         self._zstd = {each: zstandard.ZstdCompressor(level=each) for each in levels}
@@ -53,10 +56,22 @@ class Compressor:
         if self._auto is not None:
             self._auto.begin(final=final)
 
-    def sent(self, page_bytes: int, wire_bytes: int) -> None:
-        """A batch was handed to the link: so many bytes of pages, in so many bytes."""
-        if self._auto is not None:
-            self._auto.sent(page_bytes, wire_bytes, self._clock(), self._progress())
+    def sending(self) -> None:
+        """A batch is about to be handed to the link."""
+        if self._auto is not None and self._auto.watches:
+            self._began_s, self._began_cpu_s = self._clock(), self._cpu_clock()
+
+    def sent(self, page_bytes: int, wire_bytes: int, limited_s: float = 0.0) -> None:
+        """It was handed over: so many bytes of pages, in so many bytes, `limited_s` before sending() was called.
+
+        What passed since then without work was spent waiting for the link, or for the peer.
+        """
+        if self._auto is not None and self._auto.watches:
+            now_s = self._clock()
+            blocked_s = now_s - self._began_s - (self._cpu_clock() - self._began_cpu_s)
+            self._auto.sent(
+                page_bytes, wire_bytes, now_s, self._progress(), blocked_s=blocked_s, limited_s=limited_s
+            )
 
     def compress(self, payload: bytes | bytearray | memoryview) -> bytes | None:
         """Return the compressed payload, or None: send it raw."""
@@ -70,7 +85,7 @@ class Compressor:
         packed = self._zstd[level].compress(payload)
         is_smaller = len(packed) < WORTHWHILE_RATIO * len(payload)
         if self._auto is not None:
-            self._auto.packed(self._clock() - began, smaller=is_smaller)
+            self._auto.packed(self._clock() - began, len(payload), len(packed), smaller=is_smaller)
             self._hopeless = 0 if is_smaller else PROBE_EVERY - 1
         return packed if is_smaller else None
 

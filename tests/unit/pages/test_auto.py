@@ -39,7 +39,7 @@ class Simulation:
         self.now_s = 0.0
         self.queued = 0.0
         self.written = 0
-        self.busy_s = self.receiver_s = 0.0
+        self.busy_s = self.receiver_s = self.blocked_s = 0.0
         self._chance = random.Random(5)
 
     def _pass(self, seconds: float, level: int) -> None:
@@ -66,8 +66,10 @@ class Simulation:
         if level:
             self._work(BATCH / world.speeds[index], level)
         wire = int(BATCH * world.ratios[index])
+        before_s = self.now_s
         while self.queued + wire > world.buffer:
             self._pass(1e-4, level)
+        self.blocked_s = self.now_s - before_s
         self.queued += wire
         self.written += wire
         return wire
@@ -77,6 +79,12 @@ class Simulation:
             return None
         acked = int(self.written - self.queued)
         return LinkProgress(acked, int(self.busy_s * 1e6), int(self.receiver_s * 1e6), int(self.world.link))
+
+
+def tell(auto: AutoLevel, wire: int, simulation: Simulation) -> None:
+    auto.sent(
+        BATCH, wire, simulation.now_s, simulation.progress(), blocked_s=simulation.blocked_s
+    )
 
 
 def fixed(world: World, level: int, nr: int) -> float:
@@ -97,12 +105,13 @@ def adaptive(world: World, nr: int) -> tuple[float, AutoLevel]:
             level = 0
         elif level:
             shrinks = world.ratios[LEVELS.index(level)] <= 0.9
-            auto.packed(BATCH / world.speeds[LEVELS.index(level)], smaller=shrinks)
+            index = LEVELS.index(level)
+            auto.packed(BATCH / world.speeds[index], BATCH, int(BATCH * world.ratios[index]), smaller=shrinks)
             if not shrinks:
                 simulation._work(BATCH / world.speeds[LEVELS.index(level)], level)
                 level, hopeless = 0, PROBE_EVERY
         wire = simulation.send(level)
-        auto.sent(BATCH, wire, simulation.now_s, simulation.progress())
+        tell(auto, wire, simulation)
     while simulation.queued:
         simulation._pass(1e-4, auto.level)
     return simulation.now_s, auto
@@ -163,9 +172,9 @@ def test_a_link_that_changes_is_noticed() -> None:
     for number in range(5000):
         before(number)
         if auto.level:
-            auto.packed(BATCH / 400e6, smaller=True)
+            auto.packed(BATCH / 400e6, BATCH, BATCH // 2, smaller=True)
         wire = simulation.send(auto.level)
-        auto.sent(BATCH, wire, simulation.now_s, simulation.progress())
+        tell(auto, wire, simulation)
         levels.append(LEVELS[auto.index])
     assert levels[599] == 0 and levels[2399] > 0 and levels[-1] == 0
 
@@ -177,9 +186,9 @@ def test_pauses_between_rounds_are_nobodys_fault() -> None:
             simulation._pass(5.0, auto.level)
             auto.begin(final=False)
         if auto.level:
-            auto.packed(BATCH / 400e6, smaller=True)
+            auto.packed(BATCH / 400e6, BATCH, BATCH // 2, smaller=True)
         wire = simulation.send(auto.level)
-        auto.sent(BATCH, wire, simulation.now_s, simulation.progress())
+        tell(auto, wire, simulation)
     assert LEVELS[auto.index] > 0
 
 

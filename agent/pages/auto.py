@@ -50,6 +50,8 @@ MAX_INTERVAL_BYTES: Final = 512 << 20
 MAX_INTERVAL_S: Final = 10.0
 PILED_UP_BYTES: Final = 512 << 10
 """Raw pages that pile up while even the best that the kernel saw is less than packed ones make end their trial."""
+IDLE_LINK_BYTES_PER_S: Final = 600e6
+"""A link that takes raw pages that fast waits for hosts. Packed ones seem faster: the peer's buffers hold seconds."""
 FAST_LINK_BYTES_PER_S: Final = 200e6
 """On such a link final pages go raw."""
 HOPELESS_SHARE: Final = 0.25
@@ -196,7 +198,7 @@ class AutoLevel:
             stretch.delivery_rates.append(progress.delivery_rate)
         self._bytes_left -= page_bytes
         self._raw_left -= page_bytes
-        if self._trial == 0 and stretch.has_piled_up(progress, self._rate / GAIN):
+        if self._trial == 0 and stretch.has_piled_up(progress, min(self._rate / GAIN, IDLE_LINK_BYTES_PER_S)):
             if stretch.has_piled_up(progress, HOPELESS_SHARE * self._rate):
                 self._raw_left = MAX_INTERVAL_BYTES
             self._failed()
@@ -207,7 +209,7 @@ class AutoLevel:
         self._stretch = _Stretch(now_s, progress)
         if self._trial is None:
             self._judge(stretch, rate, now_s, progress)
-        elif rate > GAIN * self._rate:
+        elif rate > GAIN * self._rate or self._fits_raw(rate):
             self._won(rate)
         else:
             self._failed()
@@ -227,13 +229,17 @@ class AutoLevel:
             self._trial = self.index + (-1 if down else 1)
             self._next_s = now_s + MAX_INTERVAL_S
 
+    def _fits_raw(self, rate: float) -> bool:
+        return self._trial == 0 and rate > IDLE_LINK_BYTES_PER_S
+
     def _won(self, rate: float) -> None:
         # Once may be chance: a neighbour that took the processor for a moment.
+        at_once = self._fits_raw(rate)
         trial, self._trial = self._trial, None
         assert trial is not None
         self._wins += 1
         self._bytes_left = 0
-        if self._wins == 2 or rate > GAIN_AT_ONCE * self._rate:
+        if self._wins == 2 or at_once or rate > GAIN_AT_ONCE * self._rate:
             _log.debug(
                 "Compression level %d instead of %d: %.0f MB/s instead of %.0f",
                 LEVELS[trial], LEVELS[self.index], rate / 1e6, self._rate / 1e6,

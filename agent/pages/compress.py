@@ -1,6 +1,6 @@
 """Page contents through zstandard; the only importer of it.
 
-Level 1 makes 0.5 GB/s a thread and more: it pays only where the link is slower, and where the data shrinks. "auto" finds
+Level 1 makes over 0.5 GB/s a thread: it pays only where the link is slower, and where the data shrinks. "auto" finds
 that out (auto.py).
 """
 

@@ -131,7 +131,7 @@ class PagePlacer:
         else:
             payload = batch.payload
             if batch.encoding is PageEncoding.ZSTD:
-                payload = memoryview(self._decompressor.decompress(payload, batch.nr_bytes))
+                payload = self._decompressor.decompress(payload, batch.nr_bytes)
             self._write(space, batch.ranges, payload)
             placed = RangeSet(batch.ranges)
             space.held.update(placed)

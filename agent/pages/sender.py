@@ -177,7 +177,7 @@ class PageSender:
     """Sends batches as whole PAGES frames through `send_buffers`, which must be done with them when it returns.
 
     `on_batch` sees each batch before it is sent (the session counts there). `limiter`, if any, is called with the
-    number of bytes about to be sent and may sleep.
+    number of bytes about to be sent and may sleep; it returns the seconds.
     """
 
     def __init__(
@@ -186,7 +186,7 @@ class PageSender:
         *,
         compress: Compressor | None = None,
         on_batch: Callable[[PageBatch], object] | None = None,
-        limiter: Callable[[int], None] | None = None,
+        limiter: Callable[[int], float] | None = None,
     ) -> None:
         self._send_buffers = send_buffers
         self._compress = compress or Compressor("none")
@@ -334,10 +334,12 @@ class PageSender:
         batch = check_batch(space_id, encoding, ranges, payload)
         nr_bytes = len(payload)
         counters.bytes_payload += nr_bytes
+        limited_s = 0.0
         if self._limiter is not None:
-            self._limiter(nr_bytes + 16 * len(ranges))
+            limited_s = self._limiter(nr_bytes + 16 * len(ranges))
         if self._on_batch is not None:
             self._on_batch(batch)
+        self._compress.sending()
         self._send_buffers(encode_frame(FrameType.PAGES, *batch_buffers(batch)))
         if nr_bytes:
-            self._compress.sent(batch.nr_bytes, nr_bytes)
+            self._compress.sent(batch.nr_bytes, nr_bytes, limited_s)

@@ -28,8 +28,12 @@ class BandwidthLimit:
         self.enabled = True
         """Set to False for the final round, where delay is downtime."""
 
-    def __call__(self, nr_bytes: int) -> None:
+    def __call__(self, nr_bytes: int) -> float:
+        """Sleep as long as need be before so many bytes; return the seconds."""
         now = self._clock()
+        pause_s = 0.0
         if self.enabled and self._free_at > now:
-            self._sleep(self._free_at - now)
+            pause_s = self._free_at - now
+            self._sleep(pause_s)
         self._free_at = max(self._free_at, now - BURST_S) + nr_bytes / self._rate
+        return pause_s

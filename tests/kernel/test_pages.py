@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from ctypes import addressof, c_char
 
 import pytest
+import zstandard
 
 from agent.errors import DumpError, RestoreError, TransferError
 from agent.pages.chunks import Stream
@@ -239,6 +240,27 @@ def test_decompression_is_bounded() -> None:
         Decompressor().decompress(memoryview(packed), 4096)
     with pytest.raises(TransferError):
         Decompressor().decompress(memoryview(b"garbage"), 4096)
+
+
+@pytest.mark.parametrize("level", [1, 4, 19, 22])
+def test_only_exactly_the_expected_content_decompresses(level: int) -> None:
+    content = random.Random(level).randbytes(PAGE) * 64
+    decompressor = Decompressor()
+    for with_size in (True, False):
+        stream = zstandard.ZstdCompressor(level=level).compressobj(size=len(content) if with_size else -1)
+        packed = stream.compress(content) + stream.flush()
+        if not with_size and level == 22:  # asks for a window of 128 MiB
+            with pytest.raises(TransferError):
+                decompressor.decompress(memoryview(packed), len(content))
+            continue
+        assert decompressor.decompress(memoryview(packed), len(content)) == content
+        for wrong in (len(content) - PAGE, len(content) + PAGE):
+            with pytest.raises(TransferError, match="expected"):
+                decompressor.decompress(memoryview(packed), wrong)
+        with pytest.raises(TransferError):
+            decompressor.decompress(memoryview(packed)[: len(packed) // 2], len(content))
+        # What failed leaves nothing behind.
+        assert decompressor.decompress(memoryview(packed), len(content)) == content
 
 
 def test_digest_sees_content_and_not_population(pair: tuple[Child, Child]) -> None:

@@ -23,7 +23,6 @@ Pure: never looks at a clock or a socket. Bytes and seconds.
 from __future__ import annotations
 
 import logging
-import statistics
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -114,7 +113,8 @@ class _Stretch:
         closed_us = now.receiver_limited_us - self.began.receiver_limited_us
         if closed_us >= RECEIVER_SHARE * max(now.busy_us - self.began.busy_us, 1):
             return False
-        return statistics.median(self.delivery_rates) <= DELIVERY_FACTOR * acked / seconds
+        rates = sorted(self.delivery_rates)
+        return rates[len(rates) // 2] <= DELIVERY_FACTOR * acked / seconds
 
 
 class AutoLevel:

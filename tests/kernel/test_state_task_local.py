@@ -163,6 +163,7 @@ def test_signal_dispositions_survive() -> None:
         signal.signal(signal.SIGUSR1, lambda *_: None)
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup(1) ignores it
         return dump_actions()
 
     actions = in_child(source)

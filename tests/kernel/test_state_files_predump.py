@@ -27,6 +27,8 @@ from agent.state.files import dump_files
 from agent.state.openfile import O_LARGEFILE
 from agent.state.predump import PreDump
 from agent.target.batch import Batch
+from agent.target.inject_skeleton import SkeletonInjector
+from agent.types import Pid
 from protocol.state.files import FdEntry, FilesChange, FilesState
 from tests.kernel.files_support import Child, Options, live_child
 from tests.kernel.test_state_files_install import AGENT_PIDFD, skeleton
@@ -165,14 +167,21 @@ def told(tmp_path: Path, before: str, later: str, options: Options | None = None
     return result
 
 
+def skeleton_context(
+    pid: Pid, injector: SkeletonInjector, options: Options | None = None
+) -> RestoreContext:
+    """To restore files into a skeleton of these tests."""
+    return RestoreContext(
+        pid=pid, injector=injector, options=options or Options(), agent_pidfd=AGENT_PIDFD,
+        reserved_fds=frozenset({AGENT_PIDFD}),
+    )  # fmt: skip
+
+
 @contextmanager
 def rebuilt(state: Told, options: Options | None = None) -> Iterator[DumpContext]:
     """Install what was told in a skeleton, in both steps; it must be as the source has it."""
     with skeleton() as (pid, injector):
-        ctx = RestoreContext(
-            pid=pid, injector=injector, options=options or Options(), agent_pidfd=AGENT_PIDFD,
-            reserved_fds=frozenset({AGENT_PIDFD}),
-        )  # fmt: skip
+        ctx = skeleton_context(pid, injector, options)
         with closing(FileRestorer(ctx)) as restorer:
             restorer.prepare(state.ahead)
             restorer.open_all(state.change)
@@ -306,87 +315,6 @@ def test_a_file_made_ahead_can_be_on_its_way_in_a_queue(tmp_path: Path) -> None:
         receiver.close()
 
 
-SERVER = """
-tcp(10, 0, 7, 1); tcp(11, 0, 7); tcp(12, 0); tcp(13)
-connection(10, 20, 21)
-epoll(50, (10, 1), (20, 1 | 1 << 31)); epoll(51, (11, 1)); epoll(52, (13, 1))
-"""
-SERVING = {0, 1, 2, 10, 11, 12, 13, 20, 21, 50, 51, 52}
-
-SOCKET_CHANGES: dict[str, tuple[str, set[int]]] = {
-    "nothing": ("pass", set()),
-    "closed": ("os.close(12)", set()),
-    "moved to another number": ("os.dup2(12, 40); os.close(12)", {40}),
-    "shared": ("os.dup2(12, 40)", set()),
-    "a client came": ("connection(10, 30, 31)", {30, 31}),
-    "a client came and went": ("connection(10, 30, 31); os.close(30); os.close(31)", set()),
-    "another client": ("os.close(20); os.close(21); connection(10, 20, 21)", {20, 21, 50}),
-    "the client went": ("os.close(21)", set()),
-    "another socket on its port": ("p = port(12); os.close(12); tcp(12, p)", {12}),
-    "another listens on its port": ("p = port(11); os.close(11); tcp(14, p, 3)", {14, 51}),
-    "numbers swapped": ("swap(11, 12)", {11, 12, 51}),
-    "listens": ("lent(12).listen(3)", {12}),
-    "bound": ("lent(13).bind(('127.0.0.1', 0))", {13, 52}),
-    "connected": ("lent(13).connect(('127.0.0.1', port(10)))", {13, 52}),
-    "not connected any more": ("LIBC.connect(20, bytes(16), 16)", {20, 50}),
-    "stopped listening": ("lent(11).shutdown(2)", {11, 51}),
-    "option": ("lent(11).setsockopt(1, 9, 1)", {11, 51}),
-    "option of TCP": ("lent(11).setsockopt(6, 9, 5)", {11, 51}),
-    "backlog": ("lent(11).listen(9)", {11, 51}),
-    "non-blocking": ("os.set_blocking(11, False)", {11, 51}),
-    "owner": ("fcntl.fcntl(11, 10, 12)", {11, 51}),
-    "locked": ("fcntl.flock(11, 1)", {11, 51}),
-    "interest": ("watch(51, MOD, 11, 5)", {51}),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", SOCKET_CHANGES)
-def test_sockets_that_have_changed_and_no_others_are_dumped_again(tmp_path: Path, name: str) -> None:
-    later, dumped = SOCKET_CHANGES[name]
-    options = Options(tcp_close=True, file_locks=True)
-    state = told(tmp_path, SERVER, later, options)
-    assert state.prepared == SERVING
-    assert state.dumped == dumped
-    with rebuilt(state, options):
-        pass
-
-
-def test_what_was_made_ahead_listens_from_the_freeze_on(tmp_path: Path) -> None:
-    state = told(tmp_path, "tcp(10, 0, 7)", "pass")
-    (item,) = decode_items(state.ahead)["inet"]
-    address = (item.body.local.host, item.body.local.port)
-    with skeleton() as (pid, injector):
-        ctx = RestoreContext(
-            pid=pid, injector=injector, options=Options(), agent_pidfd=AGENT_PIDFD,
-            reserved_fds=frozenset({AGENT_PIDFD}),
-        )  # fmt: skip
-        with closing(FileRestorer(ctx)) as restorer:
-            restorer.prepare(state.ahead)
-            assert os.readlink(f"/proc/{pid}/fd/10").startswith("socket:")
-            with pytest.raises(ConnectionRefusedError):
-                socket.create_connection(address)
-            restorer.open_all(state.change)
-            socket.create_connection(address).close()
-            restorer.install()
-            restorer.start()
-            socket.create_connection(address).close()
-    # Nothing is left of it.
-    with socket.socket() as again:
-        again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the connection of just now
-        again.bind(address)
-
-
-def test_a_connection_made_since_the_first_look_is_refused(tmp_path: Path) -> None:
-    later = "lent(11).connect(('127.0.0.1', port(10)))"
-    with changing_child(tmp_path, "tcp(10, 0, 7); tcp(11)", later) as child:
-        with closing(PreDump(child.ctx)) as ahead:
-            let_change(child, tmp_path)
-            with pytest.raises(RefusedError) as refused:
-                ahead.dump_change()
-    # One end, and the other in the queue of those to be accepted.
-    assert {obstacle.what for obstacle in refused.value.obstacles} == {"fd 10", "fd 11"}
-
-
 UNPREPARED = {
     "queued bytes": "pipe(20, 21); os.write(21, b'x')",
     "lone end": "pipe(20, 21); os.close(21)",
@@ -442,10 +370,7 @@ def test_what_cannot_be_made_ahead_is_made_in_the_end(tmp_path: Path) -> None:
     for name in ("f3", "f5", "f7"):
         (tmp_path / name).rename(tmp_path / (name + ".away"))
     with skeleton() as (pid, injector):
-        ctx = RestoreContext(
-            pid=pid, injector=injector, options=Options(), agent_pidfd=AGENT_PIDFD,
-            reserved_fds=frozenset({AGENT_PIDFD}),
-        )  # fmt: skip
+        ctx = skeleton_context(pid, injector)
         with closing(FileRestorer(ctx)) as restorer:
             restorer.prepare(state.ahead)
             made = {int(name) for name in os.listdir(f"/proc/{pid}/fd")}
@@ -464,10 +389,7 @@ def test_what_cannot_be_made_ahead_is_made_in_the_end(tmp_path: Path) -> None:
 def test_a_whole_table_replaces_what_was_made_ahead(tmp_path: Path) -> None:
     state = told(tmp_path, STAND, "pass")
     with skeleton() as (pid, injector):
-        ctx = RestoreContext(
-            pid=pid, injector=injector, options=Options(), agent_pidfd=AGENT_PIDFD,
-            reserved_fds=frozenset({AGENT_PIDFD}),
-        )  # fmt: skip
+        ctx = skeleton_context(pid, injector)
         with closing(FileRestorer(ctx)) as restorer:
             restorer.prepare(state.ahead)
             few = {0: 0, 11: 11, 12: 11}

@@ -135,10 +135,26 @@ class Tracer:
         if thread.stopped:
             return thread
         thread.sample = sleepers.sample_sleeper(self.pid, tid)
-        ptrace.interrupt(tid)
+        try:
+            ptrace.interrupt(tid)
+        except ProcessLookupError as err:
+            raise self._bury(tid) from err
         self.wait_stopped(thread)
         self._heal_eintr(thread)
         return thread
+
+    def stop_one(self) -> TracedThread:
+        """Stop the thread that a short stop disturbs least; when it ends before it stops, another one.
+
+        :raises TargetGone: the process died or called exec. :raises FreezeError: as stop().
+        """
+        while True:
+            tid = pick_injection_thread(self.pid)
+            try:
+                return self.stop(tid)
+            except TargetGone:
+                if tid in self.threads:
+                    raise  # alive, in a new program
 
     def stop_all(self) -> list[TracedThread]:
         """Stop every thread, those that are made meanwhile too, and return them, the leader first.
@@ -158,9 +174,11 @@ class Tracer:
                     thread = self.seize(tid)
                     thread.sample = samples.get(tid)
                     ptrace.interrupt(tid)
-                except (TargetGone, ProcessLookupError):
+                except TargetGone:
                     # Died since it was listed. The end of the whole process shows in the next listing.
-                    self.threads.pop(tid, None)
+                    continue
+                except ProcessLookupError:
+                    self._bury(tid)
                     continue
                 interrupted.append(thread)
                 if tid in delicate:
@@ -349,9 +367,13 @@ class Tracer:
         except (FileNotFoundError, ProcessLookupError):
             state = "X"
         if state in "ZX" and wait_nothing(thread.tid):
-            self.threads.pop(thread.tid, None)
-            self._dead.append(thread.tid)
-            raise TargetGone(f"Thread {thread.tid} of process {self.pid} is gone")
+            raise self._bury(thread.tid)
+
+    def _bury(self, tid: int) -> TargetGone:
+        """Forget a thread that died while it was traced: the kernel may keep its end for us."""
+        self.threads.pop(tid, None)
+        self._dead.append(tid)
+        return TargetGone(f"Thread {tid} of process {self.pid} is gone")
 
     # -- helpers ----------------------------------------------------------------------------------------------------
 
@@ -376,8 +398,7 @@ class Tracer:
         try:
             action(thread)
         except (ProcessLookupError, TargetGone):
-            self._dead.append(thread.tid)
-            self.threads.pop(thread.tid, None)
+            self._bury(thread.tid)
 
     def _list_tids(self) -> list[int]:
         try:

@@ -92,13 +92,13 @@ def create_tracker(
 
 def _create_in(pid: int, pidfd: int, name: str) -> int:
     from agent.target.inject import Injector
-    from agent.target.tracer import Tracer, pick_injection_thread
+    from agent.target.tracer import Tracer
 
     attempt = 1
     while True:
         try:
             with Tracer(pid) as tracer:
-                thread = tracer.stop(pick_injection_thread(pid))
+                thread = tracer.stop_one()
                 with Injector(tracer) as injector:
                     return create_uffd(injector, pidfd, thread, name)
         except TooLateError as err:

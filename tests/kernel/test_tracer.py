@@ -17,6 +17,7 @@ import pytest
 
 from agent.errors import FreezeError, TargetGone
 from agent.procfs.status import read_status
+from agent.target import tracer as tracing
 from agent.target.hold import Hold, release_hold
 from agent.target.tracer import Tracer, pick_injection_thread
 from tests.kernel.support import skip_unless_root, wait_for
@@ -37,6 +38,27 @@ def breed():
 for _ in range(3):
     threading.Thread(target=breed, daemon=True).start()
 time.sleep(1000)
+"""
+
+SHORT_LIVED = """
+import select, threading, _thread
+gate = threading.Lock()
+gate.acquire()
+def brief():
+    with gate:
+        pass
+def breed():
+    poller = select.epoll()
+    while True:
+        for _ in range(5):
+            _thread.start_new_thread(brief, ())
+        poller.poll(0.001)
+        gate.release()
+        poller.poll(0.0005)
+        gate.acquire()
+threading.Thread(target=breed, daemon=True).start()
+print("up", flush=True)
+select.epoll().poll(1000)
 """
 
 EPOLLER = """
@@ -301,6 +323,33 @@ def test_injection_thread_avoids_calls_that_show_eintr() -> None:
     with running(EPOLLER) as child:
         tid = pick_injection_thread(child.pid)
         assert tid != child.pid
+
+
+def test_injection_thread_that_ends_before_it_stops_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    pick = tracing.pick_injection_thread
+    with running(THREADED) as child:
+        ending = subprocess.Popen(["true"])
+        wait_for(lambda: state_of(ending.pid) == "Z", "the end of a process")
+        picked = [ending.pid, *[pick(child.pid)] * 2]
+        monkeypatch.setattr(tracing, "pick_injection_thread", lambda pid: picked.pop(0))
+        with Tracer(child.pid) as tracer:
+            thread = tracer.stop_one()
+            assert thread.stopped
+            assert list(tracer.threads) == [thread.tid]
+        assert len(picked) == 1
+        assert ending.wait() == 0
+
+
+def test_injection_thread_is_found_among_threads_that_come_and_go() -> None:
+    # All that do not come and go wait in a call that shows EINTR, and are picked last.
+    with running(SHORT_LIVED) as child:
+        picked = set()
+        for _ in range(500):
+            with Tracer(child.pid) as tracer:
+                picked.add(tracer.stop_one().tid)
+        assert len(picked) > 50, "the threads did not come and go"
+        assert child.poll() is None
+        wait_for(lambda: len(tids_of(child.pid)) < 100, "threads that ended to go")
 
 
 def test_skeleton_may_still_be_within_its_exec_when_it_is_seized() -> None:

@@ -314,14 +314,21 @@ class _Migration:
     # -- while the source is frozen --------------------------------------------------------------------
 
     def _receive_final(self, rebuild: Rebuild) -> StateEnd:
+        # What can be made of what is here is made while the rest is still on its way.
+        steps = {"mm": rebuild.begin_task, "files": rebuild.restore_files}
+        due = list(steps)
         began_s = self.clock.elapsed_s
         while not isinstance(message := self._next(), StateEnd):
             self._take(rebuild, message)
-            if isinstance(message, StateSection) and message.kind in ("files", "files_change"):
+            kind = message.kind.removesuffix("_change") if isinstance(message, StateSection) else ""
+            if kind in steps:
+                if due[:1] != [kind]:
+                    raise TransferError(f"The source sent {kind!r} out of turn")
                 self.clock.add("restore: wait", began_s, self.clock.elapsed_s, frozen=True)
-                # Everything but memory is here: what can be made of it is made while that is still on its way.
-                rebuild.begin_task(self.sections)
+                steps[due.pop(0)](self.sections)
                 began_s = self.clock.elapsed_s
+        if due:
+            raise TransferError(f"The source did not send {due[0]!r}")
         self.clock.add("restore: last pages", began_s, self.clock.elapsed_s, frozen=True)
         return message
 

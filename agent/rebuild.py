@@ -4,8 +4,8 @@
     follow_layout    mappings as the source has them, again and again
     place            pages as they come
     prepare_threads, prepare_files  the source is about to freeze: what will most likely be needed
-    begin_task       the source is frozen: what is common to the threads, files, new threads; the last pages are
-                     on their way
+    begin_task       the source is frozen: what is common to the threads, new threads; its files are being dumped
+    restore_files    open files; the last pages are on their way
     finish_memory    dropped pages, advice, locks
     finish_task      the insides of the threads; all stand at their final registers
     release          they run
@@ -112,6 +112,11 @@ class Rebuild:
         self._restorer: FileRestorer | None = None
         self._memory_calls = Batch()
         """What is still to be called to finish memory."""
+        self._leader_calls = Batch()
+        """What is to be called by the leader after that."""
+        self._last_calls = Batch()
+        """Both of them, laid out ahead; as long as the layout is this:"""
+        self._laid_out_for: LayoutState | None = None
 
     @property
     def skeleton(self) -> Skeleton:
@@ -260,20 +265,27 @@ class Rebuild:
 
         The calls are made with those of digest() or finish_task().
         """
+        absent = self._placer.take_absent(PROCESS_SPACE)
+        if absent or guards.ranges or self._mirror.layout is not self._laid_out_for:
+            self._memory_calls = self._plan_memory(absent, guards)
+            self._last_calls = Batch.joined(self._memory_calls, self._leader_calls)
+
+    def _plan_memory(self, absent: RangeSet, guards: GuardsState) -> Batch:
         batch = Batch()
-        if absent := self._placer.take_absent(PROCESS_SPACE):
+        if absent:
             mapped = RangeSet.of((vma.start, vma.end) for vma in plain(self._mirror.layout.vmas))
             for start, end in absent.intersect(mapped):
                 batch.call(nr.NR_madvise, start, end - start, MADV_DONTNEED, name="madvise(DONTNEED)")
         self._mirror.finish(batch, zip(guards.ranges[0::2], guards.ranges[1::2], strict=True))
         self._task.future_mappings_calls(batch)
-        self._memory_calls = batch
+        return batch
 
     def digest(self) -> str:
         """Digest of all memory, which is finished, as the source computes it."""
         # Alone: what threads do to be restored changes memory.
-        if len(calls := self._take_memory_calls()):
-            self.injector.run(calls)
+        if len(self._memory_calls):
+            self.injector.run(self._memory_calls)
+            self._last_calls = Batch.joined(self._leader_calls)
         scratch = self.injector.scratch_range or (0, 0)
         entries = [
             entry
@@ -281,10 +293,6 @@ class Rebuild:
             if not (scratch[0] <= entry.start < scratch[1])
         ]
         return digest_process(self.pid, entries)
-
-    def _take_memory_calls(self) -> Batch:
-        batch, self._memory_calls = self._memory_calls, Batch()
-        return batch
 
     # -- everything else -------------------------------------------------------------------------------
 
@@ -310,7 +318,7 @@ class Rebuild:
             self._file_restorer().prepare(state)
 
     def begin_task(self, sections: Mapping[str, Sequence[object]]) -> None:
-        """Restore files and make the threads; pages and mappings may still come."""
+        """Make the task as far as it needs no files; those, pages and mappings may still come."""
         states = [state for kind in sections.values() for state in kind]
         self._mm = only(sections, "mm", MmState)
         self._task = TaskRestore(
@@ -330,10 +338,6 @@ class Rebuild:
                 self.injector.run(batch)
             finally:
                 os.close(exe_fd)
-        if "files_change" in sections:
-            self._restore_files(only(sections, "files_change", FilesChange))
-        else:
-            self._restore_files(only(sections, "files", FilesState))
         with self._step("make threads"):
             self._make_threads(self._task)
             self._make_urgent(self._host_tids.values())
@@ -343,10 +347,29 @@ class Rebuild:
             leader = Batch()
             leader.call(nr.NR_prctl, PR_SET_PDEATHSIG, 0, name="prctl(PR_SET_PDEATHSIG)")
             self._task.leader_calls(leader)
+            self._leader_calls = leader
+
+    def restore_files(self, sections: Mapping[str, Sequence[object]]) -> None:
+        """Restore the open files of the task, which completes what the leader has to call in the end."""
+        files: FilesState | FilesChange
+        if "files_change" in sections:
+            files = only(sections, "files_change", FilesChange)
+        else:
+            files = only(sections, "files", FilesState)
+        self._files_ns = files.clock_monotonic_ns
+        with self._step("open files"):
+            self._file_restorer().open_all(files)
+        with self._step("install files"):
+            self._file_restorer().install()
+        with self._step("lay out calls"):
+            leader = self._leader_calls
             self._file_restorer().last_calls(leader)
             leader.call(nr.NR_close, self.skeleton.agent_pidfd, name="close")
-            self._leader_calls = leader
-            self.injector.lay_out(leader, len(self._host_tids) if self._task.is_order_free else 1)
+            # Most likely neither mappings nor guard pages change any more.
+            self._laid_out_for = self._mirror.layout
+            self._memory_calls = self._plan_memory(RangeSet(), GuardsState(ranges=()))
+            self._last_calls = Batch.joined(self._memory_calls, leader)
+            self.injector.lay_out(self._last_calls, len(self._host_tids) if self._task.is_order_free else 1)
 
     def _make_urgent(self, tids: Collection[Tid]) -> bool:
         """Have no thread wait for a CPU to make injected calls; their own scheduling comes at the end.
@@ -378,13 +401,6 @@ class Rebuild:
             self._restorer = FileRestorer(context)
             self._cleanup.callback(self._restorer.close)
         return self._restorer
-
-    def _restore_files(self, files: FilesState | FilesChange) -> None:
-        self._files_ns = files.clock_monotonic_ns
-        with self._step("open files"):
-            self._file_restorer().open_all(files)
-        with self._step("install files"):
-            self._file_restorer().install()
 
     def _make_threads(self, restore: TaskRestore) -> None:
         process = restore.state.process
@@ -433,14 +449,13 @@ class Rebuild:
         enter_calls(batch, fd, agent_pidfd=self.skeleton.agent_pidfd)
 
     def _restore_threads(self, restore: TaskRestore) -> None:
-        # As few stops as can be: those of memory, which come first, are the leader's too.
-        memory = self._take_memory_calls()
-        first: dict[int, Batch | Copy] = {self.pid: memory} if len(memory) else {}
-        last: dict[int, Batch | Copy] = {self.pid: self._leader_calls}
-        (last if restore.is_order_free and not first else first).update(self._thread_copies)
-        if first:
+        # In one stop, if it can be.
+        last: dict[int, Batch | Copy] = {self.pid: self._last_calls}
+        if restore.is_order_free:
+            last.update(self._thread_copies)
+        else:
             with self._step("threads"):
-                self.injector.run_parallel(first)
+                self.injector.run_parallel(self._thread_copies)
         # The files were read a little later than the task.
         self._file_restorer().start(elapsed_ns=self._elapsed_ns(self._files_ns))
         for object_id, state in self._objects.items():

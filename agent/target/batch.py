@@ -134,6 +134,19 @@ class Batch:
         self._ahead: Packed | None = None
         """What pack() returned last, while it is still right."""
 
+    @classmethod
+    def joined(cls, *batches: Batch) -> Batch:
+        """Return the calls of several batches in one; of those and their joins only one may run, the one made last."""
+        whole = cls()
+        for batch in batches:
+            whole.calls += batch.calls
+            whole._undo += batch._undo
+            whole._blobs += batch._blobs
+        for calls in (whole.calls, whole._undo):
+            for index, call in enumerate(calls):
+                call.index = index
+        return whole
+
     def __len__(self) -> int:
         return len(self.calls)
 

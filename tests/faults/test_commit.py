@@ -102,7 +102,7 @@ def test_agent_killed_at_random_instants(arena: Arena, agent: str) -> None:
 
 @pytest.mark.timeout(120 + 20 * ROUNDS)
 def test_agent_killed_while_it_stops_the_threads(arena: Arena) -> None:
-    """One call may return EINTR, not that of every thread which sleeps in such a one."""
+    """One call, rarely two, may return EINTR, not that of every thread which sleeps in such a one."""
     chance = random.Random(SEED)
     for _ in range(ROUNDS):
         arena.move(Strike("send", SOURCE + "_freeze:before", chance.randrange(800, 2500)))

@@ -58,7 +58,7 @@ between two calls when the agent looked what it slept in. Three threads of the s
 
 
 def _cut_short(errors: list[str]) -> int:
-    """How many of the failed self-checks, first ones, tell of at most MOST_EINTR calls that returned EINTR, too soon."""
+    """How many of the failed self-checks, first ones, tell of at most MOST_EINTR calls that EINTR ended too soon."""
     names: set[str] = set()
     for index, error in enumerate(errors):
         name = error.split()[0]

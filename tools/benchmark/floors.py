@@ -26,6 +26,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from agent.kernel import mman
 from tests.hosts import Host, wait_until
 
 CHUNK_BYTES = 256 << 10
@@ -133,15 +134,28 @@ def _receive_through_buffer(peer: socket.socket, fresh: mmap.mmap, length: int, 
         os.waitpid(owner, 0)
 
 
+def warm_memory(nr_bytes: int) -> None:
+    """Have this machine's next so many bytes of fresh memory be backed already, where it is a virtual one.
+
+    Its host takes back what was free for some seconds, and gives it anew at each first touch: that costs several times
+    as much, and whoever is measured first pays.
+    """
+    with mmap.mmap(-1, nr_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        memory.madvise(mman.MADV_POPULATE_WRITE)
+
+
 def measure_floors(
-    floors: tuple[Floor, ...], source: Host, destination: Host, pid: int, directory: Path
+    floors: tuple[Floor, ...], source: Host, destination: Host, pid: int, directory: Path, *, nr_bytes: int
 ) -> dict[str, dict[str, float]]:
-    """Seconds and bytes of each way, for the largest mapping of a process on the source host."""
-    return {str(floor): _measure(floor, source, destination, pid, directory) for floor in floors}
+    """Seconds and bytes of each way, for the largest mapping of a process, of some `nr_bytes`, on the source host."""
+    return {str(floor): _measure(floor, source, destination, pid, directory, nr_bytes) for floor in floors}
 
 
-def _measure(floor: Floor, source: Host, destination: Host, pid: int, directory: Path) -> dict[str, float]:
+def _measure(
+    floor: Floor, source: Host, destination: Host, pid: int, directory: Path, nr_bytes: int
+) -> dict[str, float]:
     module = [sys.executable, "-m", "tools.benchmark.floors"]
+    warm_memory(nr_bytes)
     with open(directory / "floor.err", "ab") as errors:
         receiver = destination.popen(
             [*module, "receive", floor.way, floor.pages, str(PORT), str(CHUNK_BYTES)], stderr=errors

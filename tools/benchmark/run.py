@@ -21,7 +21,7 @@ from typing import Any
 
 from tests.hosts import Host, host_pair, wait_until
 from tests.migrate.crossing import COMPLETED, Receiver, Workload, start_agent_send, start_program
-from tools.benchmark.floors import Floor, measure_floors
+from tools.benchmark.floors import Floor, measure_floors, warm_memory
 from tools.benchmark.samples import (
     FLUSH_SAMPLES,
     Sample,
@@ -249,9 +249,13 @@ def measure(
         shaped = shape((source, destination), link) if link else None
         result: dict[str, Any] = {}
         if scenario.kind == "raw" and floors:
-            result["floors"] = measure_floors(floors, source, destination, watched.workload.pid, directory)
+            result["floors"] = measure_floors(
+                floors, source, destination, watched.workload.pid, directory, nr_bytes=scenario.megabytes << 20
+            )
         load_before = os.getloadavg()[0]
         before = _watch(watched, watch_s)
+        if scenario.megabytes:
+            warm_memory(scenario.megabytes << 20)
         moved = move(watched, source, destination, directory, [*scenario.options, *options])
         watched.workload.host = destination
         time.sleep(SETTLE_NS / 1e9)

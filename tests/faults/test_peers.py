@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from protocol.framing import HEADER_BYTES, parse_header
+from protocol.framing import HEADER_BYTES, FrameType, parse_header
+from protocol.messages import StateSection, decode_message
 from tests.faults.arena import Arena, Strike, StrikingReceiver, finish
 from tests.hosts import Host, InsideProcess, is_alive, wait_until
 from tests.migrate.crossing import (
@@ -338,29 +339,68 @@ def frame_ends(image: bytes) -> list[int]:
     return ends
 
 
-def test_image_cut_off_anywhere_leaves_nothing(arena: Arena) -> None:
+def make_image(arena: Arena) -> bytes:
     path = arena.directory / "whole.ferry"
     state = state_directory(arena.here, arena.directory)
     argv = [*AGENT_SEND, "--json", f"--state-dir={state}", "--leave-running", "--max-rounds=1"]
     argv += [str(arena.pid), f"file:{path}"]
     assert finish(arena.here.popen(argv), argv).status == COMPLETED
     arena.check_end()
-    image = path.read_bytes()
+    return path.read_bytes()
+
+
+def play(arena: Arena, image: bytes) -> Run:
+    path = arena.directory / "played.ferry"
+    path.write_bytes(image)
+    state = state_directory(arena.there, arena.directory)
+    argv = [*AGENT_RECV, "--json", f"--state-dir={state}", f"file:{path}"]
+    return finish(arena.there.popen(argv), argv)
+
+
+def test_image_cut_off_anywhere_leaves_nothing(arena: Arena) -> None:
+    image = make_image(arena)
     ends = frame_ends(image)[:-1]
     cuts = sorted({*ends, *(end + 5 for end in ends), len(image) - 1})
     if not EVERY_CUT:
         cuts = [*cuts[:2], *cuts[2:-3:9], *cuts[-3:]]
-    cut = arena.directory / "cut.ferry"
     for size in cuts:
-        cut.write_bytes(image[:size])
-        state = state_directory(arena.there, arena.directory)
-        argv = [*AGENT_RECV, "--json", f"--state-dir={state}", f"file:{cut}"]
-        run = finish(arena.there.popen(argv), argv)
+        run = play(arena, image[:size])
         assert run.status == FAILED, f"{size} of {len(image)}: {run}"
         one_message(run)
         nothing_left(arena.there)
     no_records(arena.directory)
     print(f"{len(cuts)} cuts of {len(ends)} frames")
+
+
+@pytest.mark.parametrize(
+    ("frozen", "message"),
+    [
+        (["files", "mm"], "sent 'files' out of turn"),
+        (["limits", "files"], "sent 'files' out of turn"),
+        (["mm", "mm"], "sent 'mm' out of turn"),
+        (["mm", "limits"], "did not send 'files'"),
+    ],
+)
+def test_state_in_another_order_is_refused_by_name(arena: Arena, frozen: list[str], message: str) -> None:
+    image = make_image(arena)
+    ends = frame_ends(image)
+    frames = [image[start:end] for start, end in zip(ends, ends[1:])]
+    section_at = {}
+    for index, frame in enumerate(frames):
+        if parse_header(frame[:HEADER_BYTES])[0] is FrameType.CONTROL:
+            control = decode_message(memoryview(frame)[HEADER_BYTES:])
+            if isinstance(control, StateSection):
+                section_at[control.kind.removesuffix("_change")] = index  # the last one counts
+    assert section_at["mm"] < section_at["files"]
+    swapped = list(frames)
+    for place, kind in zip(("mm", "files"), frozen):
+        swapped[section_at[place]] = frames[section_at[kind]]
+    run = play(arena, b"".join(swapped))
+    assert run.status == FAILED, str(run)
+    one_message(run)
+    assert message in run.outcome["message"], str(run)
+    nothing_left(arena.there)
+    arena.check_end()
 
 
 # -- the destination cannot ----------------------------------------------------------------------------------

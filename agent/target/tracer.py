@@ -151,10 +151,13 @@ class Tracer:
         while True:
             tid = pick_injection_thread(self.pid)
             try:
-                return self.stop(tid)
+                thread = self.stop(tid)
             except TargetGone:
                 if tid in self.threads:
                     raise  # alive, in a new program
+            else:
+                self._check_program()
+                return thread
 
     def stop_all(self) -> list[TracedThread]:
         """Stop every thread, those that are made meanwhile too, and return them, the leader first.
@@ -191,9 +194,7 @@ class Tracer:
                     self._await_interrupted(thread)
         if not self.threads:
             raise TargetGone(f"Process {self.pid} is gone")
-        program = self._identify_program()
-        if program != self._program and any(program):  # all zero: the leader is a zombie
-            raise TargetGone(f"Process {self.pid} called exec meanwhile")
+        self._check_program()
         return sorted(self.threads.values(), key=lambda t: (t.tid != self.pid, t.tid))
 
     def _await_interrupted(self, thread: TracedThread) -> None:
@@ -405,6 +406,11 @@ class Tracer:
             return [int(tid) for tid in list_tids(self.pid)]
         except (FileNotFoundError, ProcessLookupError) as err:
             raise TargetGone(f"Process {self.pid} is gone") from err
+
+    def _check_program(self) -> None:
+        program = self._identify_program()
+        if program != self._program and any(program):  # all zero: the leader is a zombie
+            raise TargetGone(f"Process {self.pid} called exec meanwhile")
 
     def _identify_program(self) -> tuple[int, ...]:
         # exec() lays these out anew, at random; nothing else but prctl(PR_SET_MM) changes them.

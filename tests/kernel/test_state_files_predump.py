@@ -157,6 +157,16 @@ def let_change(child: Child, tmp_path: Path) -> None:
         time.sleep(0.002)
 
 
+def refused_later(tmp_path: Path, before: str, later: str) -> set[str]:
+    """Have a child do something after the first dump that the second one refuses; what the obstacles name."""
+    with changing_child(tmp_path, before, later) as child:
+        with closing(PreDump(child.ctx)) as ahead:
+            let_change(child, tmp_path)
+            with pytest.raises(RefusedError) as refused:
+                ahead.dump_change()
+    return {obstacle.what for obstacle in refused.value.obstacles}
+
+
 def told(tmp_path: Path, before: str, later: str, options: Options | None = None) -> Told:
     """Have a child do something after the first dump; both ways to dump it must say the same."""
     with changing_child(tmp_path, before, later, options) as child:
@@ -347,12 +357,7 @@ def test_what_others_might_notice_is_not_made_ahead(tmp_path: Path, name: str) -
 
 def test_obstacles_that_have_come_up_are_named(tmp_path: Path) -> None:
     later = "os.unlink('a'); place(os.open('/dev/ptmx', os.O_RDWR), 30)"
-    with changing_child(tmp_path, "file('a', 10); file('b', 11)", later) as child:
-        with closing(PreDump(child.ctx)) as ahead:
-            let_change(child, tmp_path)
-            with pytest.raises(RefusedError) as refused:
-                ahead.dump_change()
-    assert {obstacle.what for obstacle in refused.value.obstacles} == {"fd 10", "fd 30"}
+    assert refused_later(tmp_path, "file('a', 10); file('b', 11)", later) == {"fd 10", "fd 30"}
 
 
 def test_obstacles_that_are_gone_by_the_freeze_do_not_matter(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -296,27 +296,46 @@ def test_death_of_the_target_is_told() -> None:
         Tracer(child.pid)
 
 
-def test_exec_of_the_target_is_told() -> None:
+@contextlib.contextmanager
+def about_to_exec() -> Iterator[tuple[subprocess.Popen[bytes], Callable[[], None]]]:
+    """A process, and what has it call exec; the new program says so."""
     program = (
         "import os, sys; print('up', flush=True); input();"
-        "os.execv(sys.executable, [sys.executable, '-c', 'input()'])"
+        "os.execv(sys.executable, [sys.executable, '-c', 'print(1, flush=True); input()'])"
     )
     child = subprocess.Popen(
         [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
+
+    def go() -> None:
+        assert child.stdin is not None
+        child.stdin.write(b"\n")
+        child.stdin.flush()
+
     try:
-        assert child.stdout is not None and child.stdin is not None
+        assert child.stdout is not None
         child.stdout.readline()
-        with Tracer(child.pid) as tracer:
-            thread = tracer.stop(child.pid)
-            tracer.resume(thread)
-            child.stdin.write(b"\n")
-            child.stdin.flush()
-            with pytest.raises(TargetGone, match="exec"):
-                tracer.wait_stop(thread)
+        yield child, go
     finally:
         child.kill()
         child.wait()
+
+
+def test_exec_of_the_target_is_told() -> None:
+    with about_to_exec() as (child, go), Tracer(child.pid) as tracer:
+        thread = tracer.stop(child.pid)
+        tracer.resume(thread)
+        go()
+        with pytest.raises(TargetGone, match="exec"):
+            tracer.wait_stop(thread)
+
+
+def test_exec_before_any_thread_is_traced_is_told() -> None:
+    with about_to_exec() as (child, go), Tracer(child.pid) as tracer:
+        go()
+        assert child.stdout is not None and child.stdout.readline() == b"1\n"
+        with pytest.raises(TargetGone, match="exec"):
+            tracer.stop_one()
 
 
 def test_injection_thread_avoids_calls_that_show_eintr() -> None:

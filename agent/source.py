@@ -61,7 +61,7 @@ from agent.tracker.choose import REFERENCE, Choice, choose_tracker
 from agent.tracker.create import create_tracker
 from agent.types import Obstacle
 from agent.version import SOFTWARE
-from agent.warmup import urgent, warm_up
+from agent.warmup import AHEAD_PRIORITY, make_urgent, urgent, warm_up
 from protocol.messages import (
     Accept,
     Commit,
@@ -362,7 +362,7 @@ class _Migration:
         if self.limiter is not None:
             self.limiter.enabled = False
         with urgent(), ThreadPoolExecutor(1, "look") as executor:
-            executor.submit(int).result()  # makes its thread, urgent too
+            executor.submit(make_urgent, 0, AHEAD_PRIORITY).result()  # makes its thread
             link.send(Switchover())
             for attempt in range(1, FREEZE_ATTEMPTS + 1):
                 with Tracer(self.target.pid) as tracer:

@@ -19,8 +19,10 @@ from protocol.messages import Message
 from protocol.state import KINDS
 from protocol.state.bodies import FILE_BODIES
 
-URGENT_PRIORITY = 1
-"""Real-time priority of an agent while the target is frozen: the lowest, above all ordinary processes."""
+URGENT_PRIORITY = 2
+"""Real-time priority of an agent while the target is frozen: nearly the lowest, above all ordinary processes."""
+AHEAD_PRIORITY = 1
+"""Of its threads that work ahead: where CPUs are scarce, whoever the other agent waits for comes first."""
 _CPU_LATENCY = "/dev/cpu_dma_latency"
 """What is written there holds until it is closed: how many microseconds a CPU may take to wake up, a 32-bit integer."""
 _NO_LATENCY = bytes(4)
@@ -77,13 +79,13 @@ def cpus_awake() -> Iterator[None]:
         os.close(fd)
 
 
-def make_urgent(pid: int) -> bool:
+def make_urgent(pid: int, priority: int = URGENT_PRIORITY) -> bool:
     """Let a thread (0: this one) run before ordinary ones, if this agent may (CAP_SYS_NICE); return whether it may.
 
     Threads that it makes from then on are urgent too.
     """
     with suppress(PermissionError):
-        os.sched_setscheduler(pid, os.SCHED_RR, os.sched_param(URGENT_PRIORITY))
+        os.sched_setscheduler(pid, os.SCHED_RR, os.sched_param(priority))
         return True
     return False
 

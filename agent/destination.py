@@ -25,6 +25,7 @@ from agent.errors import (
 from agent.hostfacts import gather_host_facts
 from agent.link import Link, aborted, from_wire, to_wire
 from agent.machine import require_machine
+from agent.niceness import Niceness
 from agent.options import RecvOptions
 from agent.preflight import find_restore_obstacles, only
 from agent.rebuild import Rebuild
@@ -150,7 +151,9 @@ class _Migration:
         self.rebuild: Rebuild | None = None
         self._soon = False
         """Whether the round that is on its way is the last one before the freeze."""
-        self._hurry = contextlib.ExitStack()
+        self._niceness = Niceness()
+        self._pace = contextlib.ExitStack()
+        """Considerate while the source runs, urgent afterwards."""
         self.prepared = False
         """Whether the session store knows of this session."""
         self.committing = False
@@ -160,6 +163,8 @@ class _Migration:
     def run(self) -> int:
         """Go through all phases; return the exit status."""
         self.reporter.connected(self.link.channel.peer, self.hello.session)
+        if not self.link.recorded:
+            self._pace.enter_context(self._niceness)
         with self._phase("handshake"):
             self._handshake()
         with self._phase("prepare"):
@@ -168,7 +173,7 @@ class _Migration:
         rebuild = self.rebuild
         with self._phase("rounds"):
             self._receive_rounds(rebuild)
-        with self._hurry, self.reporter.deferred():
+        with self._pace, self.reporter.deferred():
             self._make_haste()
             with self._phase("restore"):
                 end = self._receive_final(rebuild)
@@ -198,12 +203,12 @@ class _Migration:
 
     def _make_haste(self) -> None:
         """The source is about to freeze, or has: be urgent until the end of the migration."""
-        self._hurry.close()
-        self._hurry.enter_context(urgent())
+        self._pace.close()
+        self._pace.enter_context(urgent())
 
     def give_up(self, error: BaseException) -> None:
         """Record that this session came to nothing, end what was built, tell the source."""
-        self._hurry.close()
+        self._pace.close()
         if self.committed:
             return
         if self._abandon():
@@ -293,6 +298,7 @@ class _Migration:
     def _take(self, rebuild: Rebuild, message: Message | PageBatch) -> None:
         if isinstance(message, PageBatch):
             rebuild.place(message)
+            self._niceness.look()
         elif isinstance(message, StateSection):
             if message.kind == "layout":
                 rebuild.follow_layout(decode_section(message))

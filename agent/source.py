@@ -32,6 +32,7 @@ from agent.hostfacts import gather_host_facts
 from agent.kernel.features import kernel_features
 from agent.link import Link, from_wire, refused_by
 from agent.machine import require_machine
+from agent.niceness import Niceness
 from agent.options import SendOptions
 from agent.pages.compress import Compressor
 from agent.pages.digest import digest_process
@@ -72,6 +73,7 @@ from protocol.messages import (
     Resumed,
     Switchover,
 )
+from protocol.pages import PageBatch
 from protocol.session import Role, SessionState
 from protocol.state import load_all
 from protocol.version import OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION, explain_refusal
@@ -156,10 +158,15 @@ class _Migration:
         self.limiter: BandwidthLimit | None = None
         self.link: Link | None = None
         self._made_ahead = contextlib.ExitStack()
+        self._niceness = Niceness(target.pid)
         self.pre_dump: PreDump | None = None
 
     def run(self) -> None:
         """Go through all phases."""
+        with self._niceness:
+            self._run()
+
+    def _run(self) -> None:
         self.tracker = choose_tracker(self.options.tracker, kernel_features())
         _log.info("Tracker: %s (%s)", *self.tracker)
         with self._phase("connect"):
@@ -178,7 +185,7 @@ class _Migration:
             with self._phase("prepare"):
                 self._prepare(link)
             with self._armed() as tracker, self._rounds(link, tracker) as rounds, self._made_ahead:
-                self._precopy(link, tracker, rounds)
+                self._precopy(link, rounds)
                 with self.reporter.deferred():
                     report = self._switch_over(link, tracker, rounds)
         except BaseException as err:
@@ -267,7 +274,7 @@ class _Migration:
         sender = PageSender(
             link.send_raw,
             compress=Compressor(method.method.value, method.level, progress=link.channel.progress),
-            on_batch=link.session.page_batch_sent,
+            on_batch=self._before_batch,
             limiter=self.limiter,
         )
         try:
@@ -275,7 +282,12 @@ class _Migration:
         finally:
             sender.close()
 
-    def _precopy(self, link: Link, tracker: Tracker, rounds: RoundSender) -> None:
+    def _before_batch(self, batch: PageBatch) -> None:
+        assert self.link is not None
+        self.link.session.page_batch_sent(batch)
+        self._niceness.look()
+
+    def _precopy(self, link: Link, rounds: RoundSender) -> None:
         limits = PolicyLimits(
             downtime_limit_s=self.options.downtime_limit_s,
             max_rounds=self.options.max_rounds,
@@ -283,7 +295,28 @@ class _Migration:
         )
         self.phase = link.channel.phase = "rounds"
         self.reporter.phase(self.phase)
-        while self.options.max_rounds:
+        decision = self._iterate(link, rounds, limits) if self.options.max_rounds else None
+        self._wait_for_children()
+        rounds.learn_flags()
+        self.task_sender = TaskSender(self.target)
+        self._made_ahead.callback(self.task_sender.close)
+        self._record(link)
+        if not link.recorded:
+            send_pre_dump(link, self.target)
+        if self.options.max_rounds:
+            self.pre_dump = send_pre_files(link, self.target)
+            self._made_ahead.callback(self.pre_dump.close)
+        # What is waited for from here on is the agent.
+        self._niceness.restore()
+        if decision is not None:
+            self._close_in(rounds, decision)
+
+    def _iterate(self, link: Link, rounds: RoundSender, limits: PolicyLimits) -> Decision:
+        """Send rounds until what is left is worth a freeze.
+
+        :raises TransferError: it never will be.
+        """
+        while True:
             number = len(self.reports)
             start_s = self.clock.elapsed_s
             dirty = rounds.collect(final=False)
@@ -295,19 +328,7 @@ class _Migration:
             if decision.action is Action.GIVE_UP:
                 raise TransferError(f"Gave up after round {number}: {decision.reason}")
             if decision.action is Action.SWITCHOVER:
-                break
-        self._wait_for_children()
-        rounds.learn_flags()
-        self.task_sender = TaskSender(self.target)
-        self._made_ahead.callback(self.task_sender.close)
-        self._record(link)
-        if not link.recorded:
-            send_pre_dump(link, self.target)
-        if self.options.max_rounds:
-            self.pre_dump = send_pre_files(link, self.target)
-            self._made_ahead.callback(self.pre_dump.close)
-        if self.reports:
-            self._close_in(rounds, decision)
+                return decision
 
     def _close_in(self, rounds: RoundSender, decision: Decision) -> None:
         """Send what was written during all that, then what was during that, until it gets no less.

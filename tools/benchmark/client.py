@@ -27,7 +27,7 @@ TICK_NS = 1_000_000
 SILENCE_S = 0.002
 """So late, an answer makes the client look elsewhere as well."""
 RETRY_S = 0.001
-"""Between two attempts to connect to an address that refuses: more would take CPU time from those who make it answer."""
+"""Between two attempts to connect to an address that refuses: more would take CPU time from those who make it answer"""
 ANSWER_S = 5.0
 """So late, an answer to a write is not waited for."""
 PRIORITY = 3

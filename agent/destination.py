@@ -181,6 +181,8 @@ class _Migration:
             if not self.link.recorded:
                 self.link.send(Restored(digest=digest))
             with self._phase("commit"):
+                # While the source takes its hold. What fails here still fails before anything is decided.
+                rebuild.finish_threads()
                 if not self.link.recorded:
                     rebuild.prepare_hold()
                 # May be interrupted for as long as there is nothing to read.

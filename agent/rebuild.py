@@ -7,7 +7,8 @@
     begin_task       the source is frozen: what is common to the threads, new threads; its files are being dumped
     restore_files    open files; the last pages are on their way
     finish_memory    dropped pages, advice, locks
-    finish_task      the insides of the threads; all stand at their final registers
+    finish_task      the insides of the threads
+    finish_threads   all stand at their final registers, and nothing of this agent's is left in them
     release          they run
 
 Every step may fail, and abandon() then leaves no trace. All ptrace requests come from the thread that made
@@ -383,9 +384,12 @@ class Rebuild:
         return self._clock.phase(f"restore: {name}", frozen=True)
 
     def finish_task(self) -> None:
-        """Restore all that begin_task() left; afterwards every thread stands at its final registers."""
+        """Restore all that begin_task() left, but for what the threads stand at."""
         self._restore_threads(self._task)
-        with self._step("registers"):
+
+    def finish_threads(self) -> None:
+        """Have every thread stand at its final registers; no calls can be made in them any more."""
+        with self._clock.phase("commit: registers", frozen=True):
             self._finish_threads(self._task)
 
     def _file_restorer(self) -> FileRestorer:

@@ -147,7 +147,7 @@ class TaskSender:
         batches = dump.plan(tracer, anew=target.policy_nodes is not None)
         with Injector(tracer) as injector:
             injector.run_parallel(batches, meanwhile=dump.look())
-            if dump.has_children:
+            if dump.has_children():
                 return False
             dump.peek()
             sections: list[StateSection] = []

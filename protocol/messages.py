@@ -247,7 +247,7 @@ class StateEnd:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Restored:
-    """The copy is complete and stopped: destination -> source."""
+    """The copy is complete and stopped, but for what its threads stand at: destination -> source."""
 
     digest: str | None = None
 

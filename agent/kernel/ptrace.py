@@ -8,11 +8,12 @@ registers are the target's. Sources: include/uapi/linux/ptrace.h, ptrace(2).
 from __future__ import annotations
 
 import ctypes
+import errno
 from ctypes import byref, c_int, c_int32, c_long, c_size_t, c_uint32, c_uint64, c_void_p, sizeof
 from typing import Final, NamedTuple
 
 from agent.kernel.arch import require_supported_machine, user_regs_struct
-from agent.kernel.libc import check, libc, os_error
+from agent.kernel.libc import libc, os_error
 
 PTRACE_CONT: Final = 7
 PTRACE_DETACH: Final = 17
@@ -66,7 +67,6 @@ SIGINFO_BYTES: Final = 128
 SIGSET_BYTES: Final = 8
 
 # Grows with the CPU (AMX: 11 KiB); the kernel answers how much of the buffer it used.
-_REGSET_BYTES: Final = 4096
 _LARGEST_REGSET_BYTES: Final = 64 * 1024
 _SIGINFOS_PER_CALL: Final = 32
 
@@ -125,10 +125,16 @@ class RseqConfiguration(NamedTuple):
 _ptrace = libc["ptrace"]
 _ptrace.argtypes = (c_long, c_int, c_void_p, c_void_p)
 _ptrace.restype = c_long
+# Reused, as only the thread that traces may ask. To clear so much each time would cost more than the call.
+_regset = (ctypes.c_char * _LARGEST_REGSET_BYTES)()
+_regset_view = memoryview(_regset).cast("B")
 
 
 def _request(request: int, what: str, tid: int, addr: object, data: object) -> int:
-    return check(_ptrace(request, tid, addr, data), f"ptrace({what})", tid)
+    result: int = _ptrace(request, tid, addr, data)
+    if result < 0:
+        raise os_error(ctypes.get_errno(), f"ptrace({what})", tid)
+    return result
 
 
 def seize(tid: int, options: int = 0) -> None:
@@ -181,20 +187,16 @@ def setregs(tid: int, regs: user_regs_struct) -> None:
 
 def getregset(tid: int, nt: int) -> bytes:
     """Return the register set ``nt`` (NT_X86_XSTATE, ...) as the kernel lays it out."""
-    # As much as will do nearly always; what fills it may have been cut off.
-    nr_bytes = _REGSET_BYTES
-    while True:
-        buffer = ctypes.create_string_buffer(nr_bytes)
-        iov = iovec(ctypes.addressof(buffer), nr_bytes)
-        _request(PTRACE_GETREGSET, "PTRACE_GETREGSET", tid, nt, byref(iov))
-        if iov.iov_len < nr_bytes:
-            return buffer.raw[: iov.iov_len]
-        nr_bytes = _LARGEST_REGSET_BYTES
+    iov = iovec(ctypes.addressof(_regset), len(_regset))
+    _request(PTRACE_GETREGSET, "PTRACE_GETREGSET", tid, nt, byref(iov))
+    if iov.iov_len == len(_regset):  # and may have been cut off
+        raise os_error(errno.E2BIG, "ptrace(PTRACE_GETREGSET)", tid, nt)
+    return bytes(_regset_view[: iov.iov_len])
 
 
-def setregset(tid: int, nt: int, data: bytes) -> None:
+def setregset(tid: int, nt: int, data: bytearray) -> None:
     """Set the register set ``nt``."""
-    buffer = ctypes.create_string_buffer(data, len(data))
+    buffer = (ctypes.c_char * len(data)).from_buffer(data)
     iov = iovec(ctypes.addressof(buffer), len(data))
     _request(PTRACE_SETREGSET, "PTRACE_SETREGSET", tid, nt, byref(iov))
 
@@ -255,10 +257,10 @@ def get_rseq_configuration(tid: int) -> RseqConfiguration | None:
     config = ptrace_rseq_configuration()
     result = _ptrace(PTRACE_GET_RSEQ_CONFIGURATION, tid, sizeof(config), byref(config))
     if result < 0:
-        errno = ctypes.get_errno()
-        if errno == 5:  # EIO: request unknown, kernel built without CONFIG_RSEQ
+        err = ctypes.get_errno()
+        if err == errno.EIO:  # request unknown, kernel built without CONFIG_RSEQ
             return None
-        raise os_error(errno, "ptrace(PTRACE_GET_RSEQ_CONFIGURATION)", tid)
+        raise os_error(err, "ptrace(PTRACE_GET_RSEQ_CONFIGURATION)", tid)
     if config.rseq_abi_pointer == 0:
         return None
     return RseqConfiguration(
@@ -271,8 +273,8 @@ def has_user_dispatch(tid: int) -> bool:
     config = ptrace_sud_config()
     result = _ptrace(PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG, tid, sizeof(config), byref(config))
     if result < 0:
-        errno = ctypes.get_errno()
-        if errno == 5:  # EIO: request unknown
+        err = ctypes.get_errno()
+        if err == errno.EIO:  # request unknown
             return False
-        raise os_error(errno, "ptrace(PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG)", tid)
+        raise os_error(err, "ptrace(PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG)", tid)
     return bool(config.mode)

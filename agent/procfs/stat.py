@@ -95,6 +95,14 @@ def read_stat(pid: int) -> Stat:
     return parse_stat(read_bytes(f"/proc/{pid}/stat"))
 
 
+def read_state(pid: int) -> str:
+    """Return the state of a process, the letter: R, S, D, T, t, Z, X, I; a fraction of what read_stat() costs.
+
+    :raises ProcessLookupError: it is gone.
+    """
+    return read_bytes(f"/proc/{pid}/stat").rpartition(b") ")[2][:1].decode()
+
+
 def read_task_stat(pid: int, tid: int) -> Stat:
     """Return the stat of one thread: times, state, last cpu and policy are its own."""
     return parse_stat(read_bytes(f"/proc/{pid}/task/{tid}/stat"))

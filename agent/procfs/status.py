@@ -12,7 +12,20 @@ from typing import Final, NamedTuple
 
 from agent.procfs.files import read_bytes
 
+_SIGNAL_SETS: Final = re.compile(
+    rb"^SigPnd:\t(\w+)\nShdPnd:\t(\w+)\nSigBlk:\t(\w+)\nSigIgn:\t(\w+)\nSigCgt:\t(\w+)\n", re.MULTILINE
+)
 _ESCAPE: Final = re.compile(r"\\(n|\\|[0-7]{3})")
+
+
+class SignalSets(NamedTuple):
+    """The signal sets of a task."""
+
+    sig_pnd: int
+    shd_pnd: int
+    sig_blk: int
+    sig_ign: int
+    sig_cgt: int
 
 
 class Status(NamedTuple):
@@ -155,6 +168,19 @@ def read_status(pid: int) -> Status:
     :raises ProcessLookupError: it is gone.
     """
     return parse_status(read_bytes(f"/proc/{pid}/status"))
+
+
+def read_signal_sets(pid: int, tid: int) -> SignalSets:
+    """Return the signal sets of one thread; a fraction of what its whole status costs.
+
+    :raises ProcessLookupError: it is gone.
+    :raises ValueError: the file says something else.
+    """
+    data = read_bytes(f"/proc/{pid}/task/{tid}/status")
+    match = _SIGNAL_SETS.search(data)
+    if match is None:
+        raise ValueError(f"Not a status file: {data[:80]!r}")
+    return SignalSets(*[int(bits, 16) for bits in match.groups()])
 
 
 def read_task_status(pid: int, tid: int) -> Status:

@@ -185,9 +185,8 @@ def set_policy(host_tid: int, state: SchedState) -> None:
 
     :raises RestoreError: the kernel refuses.
     """
-    attr = ctypes.create_string_buffer(_policy(state), _SCHED_ATTR.size)
     try:
-        syscall(NR_sched_setattr, host_tid, ctypes.addressof(attr), 0)
+        syscall(NR_sched_setattr, host_tid, ctypes.addressof(_policy_attr(state)), 0)
         if state.timer_slack_ns not in (0, own_timer_slack_ns()):
             with open(f"/proc/{host_tid}/timerslack_ns", "w", encoding="ascii") as file:
                 file.write(str(state.timer_slack_ns))
@@ -201,6 +200,12 @@ def set_policy(host_tid: int, state: SchedState) -> None:
 def own_timer_slack_ns() -> int:
     """Timer slack of this agent, and of threads born from it; first asked before it is urgent, and has none."""
     return prctl(PR_GET_TIMERSLACK)
+
+
+@functools.lru_cache(maxsize=16)
+def _policy_attr(state: SchedState) -> ctypes.Array[ctypes.c_char]:
+    # Threads are mostly alike.
+    return ctypes.create_string_buffer(_policy(state), _SCHED_ATTR.size)
 
 
 def _policy(state: SchedState) -> bytes:

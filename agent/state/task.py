@@ -10,7 +10,9 @@ ids in states are the process's own.
 from __future__ import annotations
 
 import ctypes
+import errno
 import logging
+import os
 import resource
 import signal
 import struct
@@ -20,7 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from agent.errors import RestoreError
-from agent.kernel import ptrace
+from agent.kernel import ptrace, wait
 from agent.kernel.arch.x86_64 import NT_X86_XSTATE
 from agent.kernel.clone import (
     CLONE_FILES,
@@ -31,10 +33,10 @@ from agent.kernel.clone import (
     CLONE_VM,
     clone_args,
 )
-from agent.kernel.syscalls import NR_clone3
+from agent.kernel.syscalls import NR_clone3, NR_waitid
 from agent.kernel.xstate import layout_of
 from agent.procfs.files import ReadAgain, read_bytes
-from agent.procfs.process import list_tids
+from agent.procfs.process import list_children, list_tids
 from agent.procfs.stat import Stat, read_stat
 from agent.procfs.status import Status, read_status, read_task_status
 from agent.procfs.timers import read_timers
@@ -104,6 +106,7 @@ if TYPE_CHECKING:
     from agent.target.inject_skeleton import SkeletonInjector
     from agent.target.tracer import Tracer
 
+_ANY_CHILD = os.WEXITED | os.WNOHANG | os.WNOWAIT | wait.WALL
 _KEPT_FDS = 256
 """How many descriptors the agent may need for all the rest."""
 _MOST_FDS = 1024
@@ -206,8 +209,6 @@ class TaskDump:
         self._copies: dict[int, Copy] = {}
         self._proc: ReadAgain | None = None
         self._statuses: dict[int, bytes] = {}
-        self.has_children = False
-        """Whether look() has found child processes."""
         self._shared: tuple[bytes, ...] = ()
         self._private: list[tuple[bytes, ...]] = []
         self._window_ns = 0
@@ -220,17 +221,17 @@ class TaskDump:
         self._made_timers = read_timers(self._pid)
         self._timers = plan_timers(leader, self._made_timers, self._host_tids)
         self._process = plan_process(leader, self._pid)
+        self._children = leader.call(NR_waitid, os.P_ALL, 0, 0, _ANY_CHILD, 0, name="waitid", check=False)
         self._actions = plan_actions(leader)
         self._also(leader)
         self._leader, self._others = Template(leader), Template(others)
         self.close()
         room = min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _KEPT_FDS, _MOST_FDS)
         tids = list_tids(self._pid)
-        self._proc = ReadAgain([path for tid in tids for path in self._paths(tid)], limit=max(room, 0))
+        self._proc = ReadAgain(map(self._status_path, tids), limit=max(room, 0))
 
-    def _paths(self, tid: int) -> tuple[str, str]:
-        task = f"/proc/{self._pid}/task/{tid}"
-        return f"{task}/status", f"{task}/children"
+    def _status_path(self, tid: int) -> str:
+        return f"/proc/{self._pid}/task/{tid}/status"
 
     def close(self) -> None:
         """Close what is open for a dump; closing twice is harmless."""
@@ -244,7 +245,6 @@ class TaskDump:
         """
         if anew or read_timers(self._pid) != self._made_timers:
             self._prepare()
-        self.has_children = False
         self._planned_ns = time.monotonic_ns()
         threads = sorted(tracer.threads.values(), key=lambda t: (t.tid != self._pid, t.tid))
         # Which of the stopping signals it was makes no difference any more: SIGCONT ends each.
@@ -262,14 +262,17 @@ class TaskDump:
         read = read_bytes if self._proc is None else self._proc.read_bytes
         for study in self._studies:
             tid = study.thread.tid
-            status, children = self._paths(tid)
-            self._statuses[tid] = read(status)
-            yield tid
-            self.has_children |= bool(read(children).split())
+            self._statuses[tid] = read(self._status_path(tid))
             yield tid
         self._files = read_process_files(self._pid, self._statuses[self._pid])
         yield self._files
         self._limits = dump_limits(self._pid)
+
+    def has_children(self) -> bool:
+        """Tell whether there are child processes, once the batches have run."""
+        result = self._leader.results(self._copies[self._pid].content)[self._children.index]
+        # The call counts those that the process traces, too.
+        return result != -errno.ECHILD and bool(list_children(self._pid))
 
     def peek(self) -> None:
         """Look at the queued signals, after the batches have run: the last thing that all threads must be stopped for.

@@ -255,11 +255,14 @@ def pack_variables(state: ThreadState) -> bytes:
 
 
 def likeness(state: ThreadState) -> tuple[object, ...]:
-    """Return what decides which calls restore a thread, all but its pack_variables(): equal for alike threads."""
+    """Return what decides which calls restore a thread, all but its pack_variables(): equal for alike threads.
+
+    What is equal is one object in general, by ThreadsState; if it is not, they are laid out once more.
+    """
     rseq = state.rseq
     return (
         state.personality,
-        state.sched,
+        id(state.sched),
         state.mce_kill,
         state.io_flusher,
         state.tsc_mode,
@@ -268,7 +271,7 @@ def likeness(state: ThreadState) -> tuple[object, ...]:
         state.robust_list_length,
         rseq and (rseq.size, rseq.sig, rseq.flags),
         state.pending and (state.pending, state.tid),
-        state.creds,
+        id(state.creds),
         state.pdeath_signal,
     )
 
@@ -328,7 +331,7 @@ def restore_thread_calls(
         batch.call(NR_prctl, PR_SET_PDEATHSIG, state.pdeath_signal, name="prctl(PDEATHSIG)")
 
 
-def fit_xstate(xstate: bytes, size: int, mask: int) -> bytes:
+def fit_xstate(xstate: bytes, size: int, mask: int) -> bytearray:
     """Return the extended registers in the ``size`` bytes that a host with the components ``mask``
     wants.
 
@@ -341,10 +344,12 @@ def fit_xstate(xstate: bytes, size: int, mask: int) -> bytes:
             f"Cannot restore extended registers: components {missing:#x} do not exist here",
             hint="choose a host with the same CPU features",
         )
-    fitted = bytearray(xstate[:size].ljust(size, b"\0"))
+    fitted = bytearray(size)
+    length = min(size, len(xstate))
+    fitted[:length] = memoryview(xstate)[:length]
     # The kernel compares XCR0 in the software area and rejects bits of components it does not know.
     struct.pack_into("=Q", fitted, _XCR0_OFFSET, mask)
-    return bytes(fitted)
+    return fitted
 
 
 def restore_thread_ptrace(

@@ -34,8 +34,8 @@ from agent.errors import FreezeError, TargetGone
 from agent.kernel import ptrace
 from agent.kernel.libc import syscall
 from agent.kernel.syscalls import NR_rt_sigqueueinfo
-from agent.procfs.stat import read_stat
-from agent.procfs.status import read_status
+from agent.procfs.stat import read_state
+from agent.procfs.status import read_signal_sets
 from agent.target import restart
 from agent.target.traced import StopKind, TracedThread
 from agent.target.tracer import Tracer
@@ -61,7 +61,7 @@ class Hold:
         tracer = self._tracer
         if self._is_taken or any(thread.in_group_stop for thread in tracer.threads.values()):
             return
-        pending = read_status(tracer.pid).shd_pnd
+        pending = read_signal_sets(tracer.pid, tracer.pid).shd_pnd
         if pending & _bit(signal.SIGSTOP):
             return
         if pending & _bit(signal.SIGCONT):
@@ -102,7 +102,7 @@ def release_hold(pid: int) -> None:
     :raises TargetGone: it is gone. :raises FreezeError: somebody else traces it.
     """
     try:
-        if read_stat(pid).state != "T":
+        if read_state(pid) != "T":
             return
         with Tracer(pid) as tracer:
             tracer.stop_all()
@@ -159,7 +159,7 @@ def _wait_signal(tracer: Tracer, thread: TracedThread, sig: int) -> int:
         try:
             stop = tracer.wait_stop(thread, _SWALLOW_S)
         except FreezeError:
-            if read_status(tracer.pid).shd_pnd & _bit(sig) and time.monotonic() < deadline:
+            if read_signal_sets(tracer.pid, tracer.pid).shd_pnd & _bit(sig) and time.monotonic() < deadline:
                 continue
             ptrace.interrupt(thread.tid)
             stop = tracer.wait_stopped(thread)

@@ -67,7 +67,11 @@ class TargetMemory:
 
         :raises OSError: EIO when not all of it is mapped.
         """
-        view = memoryview(data).cast("B")
+        done = self._write_some(vaddr, data)
+        if done == len(data):
+            return
+        view = memoryview(data).cast("B")[done:]
+        vaddr += done
         while view:
             done = self._write_some(vaddr, view)
             if not done:
@@ -75,7 +79,7 @@ class TargetMemory:
             vaddr += done
             view = view[done:]
 
-    def _write_some(self, vaddr: int, view: memoryview) -> int:
+    def _write_some(self, vaddr: int, view: bytes | bytearray | memoryview) -> int:
         try:
             return os.pwrite(self.fd, view, vaddr)
         except OSError as err:

@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from agent.kernel import ptrace
 from agent.kernel import syscalls as nr
 from agent.kernel.arch import SYSCALL_ARGUMENTS, user_regs_struct
-from agent.procfs.status import read_task_status
+from agent.procfs.status import read_signal_sets
 from agent.procfs.syscall import read_syscall
 from agent.target.blocking import (
     EINTR_CALLS,
@@ -220,11 +220,11 @@ def hide_eintr(thread: TracedThread) -> bool:
 
 
 def _deliverable(thread: TracedThread) -> int:
-    status = read_task_status(thread.pid, thread.tid)
-    pending = (status.sig_pnd | status.shd_pnd) & ~status.sig_blk
+    sets = read_signal_sets(thread.pid, thread.tid)
+    pending = (sets.sig_pnd | sets.shd_pnd) & ~sets.sig_blk
     if thread.holds_sigstop:
         pending &= ~(1 << (signal.SIGSTOP - 1))
-    return pending & ~status.sig_ign & ~(_DEFAULT_IGNORED & ~status.sig_cgt)
+    return pending & ~sets.sig_ign & ~(_DEFAULT_IGNORED & ~sets.sig_cgt)
 
 
 def _register_limit_ns(regs: user_regs_struct) -> int | None:

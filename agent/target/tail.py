@@ -24,7 +24,7 @@ from agent.errors import InjectError
 from agent.kernel.procmap import ProcmapQuery
 from agent.procfs.maps import MapsEntry, parse_maps, read_maps
 from agent.procfs.process import list_tids
-from agent.procfs.status import read_task_status
+from agent.procfs.status import read_signal_sets
 from agent.procfs.syscall import read_syscall
 from agent.target import routine_x86_64 as routine
 from agent.target.memory import TargetMemory
@@ -205,6 +205,6 @@ def _is_healing(pid: int, tid: int, place: TailPlace) -> bool:
         blocked_in = read_syscall(pid, tid)
         if blocked_in is not None:
             return place.start <= blocked_in.pc < place.end
-        return read_task_status(pid, tid).sig_blk == ALL_BLOCKED
+        return read_signal_sets(pid, tid).sig_blk == ALL_BLOCKED
     except OSError:
         return False  # died

@@ -29,7 +29,7 @@ from typing import Final, final
 from agent.errors import FreezeError, TargetGone
 from agent.kernel import ptrace, wait
 from agent.procfs.process import list_tids
-from agent.procfs.stat import read_stat, read_task_stat
+from agent.procfs.stat import read_stat, read_state, read_task_stat
 from agent.procfs.status import read_task_status
 from agent.target import restart, sleepers
 from agent.target.memory import TargetMemory
@@ -278,7 +278,7 @@ class Tracer:
     def still_stopped(self) -> bool:
         """Tell whether the stopped process is still there: a SIGKILL takes threads out of any stop at once."""
         try:
-            return read_stat(self.pid).state == "t"
+            return read_state(self.pid) == "t"
         except (FileNotFoundError, ProcessLookupError):
             return False
 

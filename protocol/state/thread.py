@@ -169,7 +169,7 @@ class ThreadsState:
             tids=tuple([thread.tid for thread in threads]),
             names=tuple([thread.name for thread in threads]),
             regs=b"".join([thread.regs for thread in threads]),
-            xstates=tuple([thread.xstate.rstrip(b"\0") for thread in threads]),
+            xstates=tuple([_without_zeros(thread.xstate) for thread in threads]),
             xstate_sizes=tuple([len(thread.xstate) for thread in threads]),
             sigmasks=tuple([thread.sigmask for thread in threads]),
             altstacks=tuple([word for t in threads for word in (t.altstack.sp, t.altstack.flags, t.altstack.size)]),
@@ -220,6 +220,16 @@ class ThreadsState:
         )
 
 
+def _without_zeros(data: bytes) -> bytes:
+    """Return it without the zeros at its end: rstrip(), which looks at one byte after the other, but in big steps."""
+    end = len(data)
+    for zeros in _ZEROS:
+        while data.endswith(zeros, 0, end):
+            end -= len(zeros)
+    return data[:end].rstrip(b"\0")
+
+
+_ZEROS = (bytes(4096), bytes(1024), bytes(256), bytes(64))
 _NO_RSEQ = RseqState(addr=1, size=1, sig=0, flags=0)
 
 

@@ -69,7 +69,7 @@ def test_xstate_survives_a_round_trip() -> None:
     with stopped_child() as child:
         xstate = ptrace.getregset(child.pid, NT_X86_XSTATE)
         assert len(xstate) >= 576
-        ptrace.setregset(child.pid, NT_X86_XSTATE, xstate)
+        ptrace.setregset(child.pid, NT_X86_XSTATE, bytearray(xstate))
         assert ptrace.getregset(child.pid, NT_X86_XSTATE) == xstate
 
 

@@ -5,7 +5,9 @@ Sources: pidfd_getfd(2), pidfd_send_signal(2).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from ctypes import c_long
+from itertools import repeat
 
 from agent.kernel.libc import check, libc, syscall
 from agent.kernel.syscalls import NR_pidfd_getfd, NR_pidfd_send_signal
@@ -24,6 +26,11 @@ def pidfd_getfd(pidfd: int, fd: int) -> int:
     :raises OSError: EBADF: no such fd; ESRCH: the target is gone; EPERM: no ptrace access.
     """
     return check(_getfd(NR_pidfd_getfd, pidfd, fd, 0), "pidfd_getfd", pidfd, fd)
+
+
+def pidfd_getfds(pidfd: int, fds: Iterable[int]) -> list[int]:
+    """Return an own descriptor of each, as pidfd_getfd(), or -1 of one that cannot be had."""
+    return list(map(_getfd, repeat(NR_pidfd_getfd), repeat(pidfd), fds, repeat(0)))
 
 
 def pidfd_send_signal(pidfd: int, sig: int) -> None:

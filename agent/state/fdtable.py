@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import itertools
 import os
 import resource
@@ -21,7 +22,7 @@ from functools import cmp_to_key
 from agent.kernel.kcmp import kcmp_file
 from agent.procfs.fdinfo import FdInfo, parse_fdinfo
 from agent.state.context import DumpContext
-from agent.state.openfile import O_CLOEXEC, O_DIRECTORY, Description
+from agent.state.openfile import O_CLOEXEC, O_DIRECTORY, O_PATH, Description
 
 Key = tuple[object, ...]
 
@@ -258,14 +259,20 @@ def _split_by_identity(ctx: DumpContext, fds: Sequence[int]) -> Iterable[list[in
 
 
 def make_room(count: int) -> bool:
-    """Raise the agent's own limit so that it can have ``count`` more files open; say whether it can."""
+    """Raise the agent's own limit so that it can have ``count`` more files open, without delay; say whether it can."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count + 256
-    if 0 <= soft < wanted:
-        try:
+    try:
+        if 0 <= soft < wanted:
             resource.setrlimit(
                 resource.RLIMIT_NOFILE, (wanted, max(wanted, hard) if hard >= 0 else hard)
             )
-        except (ValueError, OSError):
-            return False
+        # fs/file.c, expand_fdtable(): a table that threads share grows only after an RCU grace period: 10 ms and more.
+        fd = os.open("/", O_PATH | os.O_CLOEXEC)
+        try:
+            os.close(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, wanted - 1))
+        finally:
+            os.close(fd)
+    except (ValueError, OSError):
+        return False
     return True

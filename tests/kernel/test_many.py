@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import fcntl
 import os
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import repeat
+from pathlib import Path
 
 from agent.kernel.many import try_each
 from agent.kernel.pidfd import pidfd_getfds
+from agent.state.fdtable import make_room
 
 
 @contextmanager
@@ -49,3 +52,18 @@ def test_descriptors_that_cannot_be_had_are_told_apart() -> None:
             assert fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
             os.close(fd)
     os.close(pidfd)
+
+
+def test_room_is_made_before_it_is_needed() -> None:
+    # A child's: the table never gets smaller again.
+    pid = os.fork()
+    if pid == 0:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (300, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        os._exit(not (make_room(3000) and table_size() >= 3000 and not os.path.exists("/proc/self/fd/3255")))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def table_size() -> int:
+    """How many files fit into this process's table without it being enlarged."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("FDSize:"))

@@ -14,10 +14,13 @@ import stat
 import struct
 import termios
 from collections.abc import Iterable, Sequence
+from itertools import chain, repeat
+from typing import Any
 
 from agent.errors import DumpError, RestoreError
 from agent.kernel.libc import check, libc
-from agent.kernel.pidfd import pidfd_getfd
+from agent.kernel.many import try_each
+from agent.kernel.pidfd import pidfd_getfds
 from agent.state.openfile import (
     F_GETOWN_EX,
     F_GETSIG,
@@ -42,6 +45,9 @@ F_GETPIPE_SZ = 1032
 SPLICE_F_NONBLOCK = 0x02
 NO_OWNER = bytes(8)
 """struct f_owner_ex of a file that nobody owns."""
+
+ENDS_AT_ONCE = 128
+"""How many ends are looked at together: the agent has room for so many files beside those of fdinfo."""
 
 _tee = libc["tee"]
 
@@ -74,56 +80,47 @@ def dump_pipe(job: DumpJob, desc: Description) -> PipeEnd | None:
 
 def pipe_unchanged(recheck: Recheck, found: Candidates[PipeEnd]) -> Iterable[int]:
     """See FileKind. An empty pipe with the same ends as before: only all of them together say that it is the same."""
-    before, now = _ends_by_link(recheck.before), _ends_by_link(recheck.now)
-    unchanged: set[int] = set()
-    for desc, body in found:
-        if body.path or desc is not now[desc.link][0]:
-            continue  # A FIFO has a name that others see; of a pipe one end speaks for all.
-        ends = now[desc.link]
-        ids = {end.id for end in ends}
-        if (
-            ids == {end.id for end in before[desc.link]}
-            and ids <= recheck.candidates.keys()
-            # Where an end is that is not here takes a closer look.
-            and any(end.readable for end in ends)
-            and any(end.writable for end in ends)
-            and _is_plain(recheck.now.ctx.pidfd, [end.fd for end in ends], body)
-        ):
-            unchanged |= ids
-    return unchanged
+    ends = [(desc, body) for desc, body in found if not body.path]  # A FIFO has a name that others see.
+    # A process that runs must not be left with copies for longer than a moment.
+    size = ENDS_AT_ONCE if recheck.now.content else 1
+    plain: set[int] = set()
+    for low in range(0, len(ends), size):
+        plain.update(_plain_ends(recheck.now.ctx.pidfd, ends[low : low + size]))
+    # One end that is gone, new, or not plain, and the pipe is another one.
+    descriptions = chain(recheck.before.descriptions, recheck.now.descriptions)
+    spoiled = {desc.link for desc in descriptions if desc.id not in plain}
+    whole = {desc.link for desc, _body in ends} - spoiled
+    if recheck.now is recheck.before:
+        # Where an end is that is not here takes a closer look. Those that are here stay what they are.
+        whole &= {desc.link for desc, _body in ends if desc.readable}
+        whole &= {desc.link for desc, _body in ends if desc.writable}
+    return [desc.id for desc, _body in ends if desc.link in whole]
 
 
-def _ends_by_link(job: DumpJob) -> dict[str, list[Description]]:
-    table: dict[str, list[Description]] = {}
-    for desc in job.descriptions:
-        if desc.link.startswith("pipe:"):
-            table.setdefault(desc.link, []).append(desc)
-    return table
-
-
-def _is_plain(pidfd: int, numbers: Sequence[int], body: PipeEnd) -> bool:
-    """Tell whether a pipe has nothing in it, and its ends (the target's numbers) no owner."""
-    for number in numbers:
-        try:
-            fd = pidfd_getfd(pidfd, number)
-        except OSError:
-            return False
-        try:
+def _plain_ends(pidfd: int, ends: Candidates[PipeEnd]) -> list[int]:
+    """Return by id which of the ends have no owner, and are of a pipe that is as described and has nothing in it."""
+    got = pidfd_getfds(pidfd, [desc.fd for desc, _body in ends])
+    fds = [fd for fd in got if fd >= 0]
+    try:
+        # The capacity was read from the running target by its number: another pipe's, perhaps, just then.
+        capacities = try_each(fcntl.fcntl, fds, repeat(F_GETPIPE_SZ))
+        owners: list[Any] = try_each(fcntl.fcntl, fds, repeat(F_GETOWN_EX), repeat(NO_OWNER))
+        signals = try_each(fcntl.fcntl, fds, repeat(F_GETSIG))
+        poller = select.poll()
+        try_each(poller.register, fds, repeat(select.POLLIN))
+        full = {fd for fd, _events in poller.poll(0)}
+        return [
+            desc.id
+            for fd, (desc, body), capacity, owner, signal in zip(
+                fds, (end for fd, end in zip(got, ends) if fd >= 0), capacities, owners, signals
+            )
+            if capacity == body.capacity
+            and fd not in full
             # Nobody's is the same for all, as far as anybody knows; where it is not, the words are read one by one.
-            if fcntl.fcntl(fd, F_GETOWN_EX, NO_OWNER) != NO_OWNER or fcntl.fcntl(fd, F_GETSIG):
-                if read_owner(fd) is not None:
-                    return False
-            # The capacity was read from the running target by its number: another pipe's, perhaps, just then.
-            if number == numbers[0] and (
-                fcntl.ioctl(fd, termios.FIONREAD, bytes(4)) != bytes(4)
-                or fcntl.fcntl(fd, F_GETPIPE_SZ) != body.capacity
-            ):
-                return False
-        except OSError:
-            return False
-        finally:
-            os.close(fd)
-    return True
+            and (owner == NO_OWNER and signal == 0 or read_owner(fd) is None)
+        ]
+    finally:
+        try_each(os.close, fds)
 
 
 def _ends_are_here(fd: int, desc: Description, ends: Sequence[Description]) -> bool:

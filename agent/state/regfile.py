@@ -16,6 +16,7 @@ import stat
 from collections.abc import Iterable, Sequence
 
 from agent.errors import RestoreError
+from agent.kernel.many import try_each
 from agent.procfs.process import read_root
 from agent.state.openfile import (
     O_DIRECTORY,
@@ -97,14 +98,18 @@ def dump_regular(job: DumpJob, desc: Description) -> RegularFile | None:
 def regular_unchanged(check: Recheck, found: Candidates[RegularFile]) -> list[int]:
     """See FileKind. The path must still lead to the file, and the file be as it was described."""
     start = _reach(check.now)
-    unchanged = []
-    for desc, body in found:
-        with contextlib.suppress(OSError):
-            # The files of /proc and /sys may do anything when they are opened; a symbolic link needs a closer look.
-            if not (body.pseudo or body.own_proc or stat.S_ISLNK(body.mode)):
-                if _is_as_described(os.stat(start + desc.link), desc, body):
-                    unchanged.append(desc.id)
-    return unchanged
+    # The files of /proc and /sys may do anything when they are opened; a symbolic link needs a closer look.
+    found = [
+        (desc, body)
+        for desc, body in found
+        if not (body.pseudo or body.own_proc or stat.S_ISLNK(body.mode))
+    ]
+    infos = try_each(os.stat, [start + desc.link for desc, _body in found])
+    return [
+        desc.id
+        for info, (desc, body) in zip(infos, found, strict=True)
+        if info is not None and _is_as_described(info, desc, body)
+    ]
 
 
 def _is_as_described(found: os.stat_result, desc: Description, body: RegularFile) -> bool:

@@ -439,7 +439,7 @@ class _Migration:
             return has_direct_io(files.files)
         change = self.pre_dump.dump_change()
         rounds.send_files(change)
-        return has_direct_io([*self.pre_dump.state.files, *change.files])
+        return self.pre_dump.has_direct_io or has_direct_io(change.files)
 
     def _finish(self, link: Link, tracer: Tracer, tracker: Tracker) -> CompletedReport:
         if link.recorded:

@@ -1,8 +1,8 @@
 """The descriptor table of a process, as procfs and kcmp(2) show it: who is open, and which numbers share a description.
 
-A second look at the same table is cheap (``TableReader(keep=True)``): an open /proc/PID/fdinfo/FD shows at each
-pread(2) what has that number by then, and what it shows tells most kinds of files apart without any other call. Nothing
-here touches the target or decides anything about it. Numbers are the target's unless they are called the agent's.
+A second look at the same table is cheap (``TableReader(keep=True)``, then changes()): an open /proc/PID/fdinfo/FD shows
+at each pread(2) what has that number by then, and what it shows tells most kinds of files apart without any other call.
+Nothing here touches the target or decides anything about it. Numbers are the target's unless called the agent's.
 
 Sources: proc_pid_fd(5), proc_pid_fdinfo(5), kcmp(2).
 """
@@ -12,14 +12,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import itertools
 import os
 import resource
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cmp_to_key
+from functools import cmp_to_key, partial
+from itertools import compress, pairwise, repeat
+from operator import ne
 
 from agent.kernel.kcmp import kcmp_file
+from agent.kernel.many import try_each
 from agent.procfs.fdinfo import FdInfo, parse_fdinfo
 from agent.state.context import DumpContext
 from agent.state.openfile import O_CLOEXEC, O_DIRECTORY, O_PATH, Description
@@ -28,6 +30,8 @@ Key = tuple[object, ...]
 
 FDINFO_BYTES = 4096
 """One read; what fills more than half of it may go on (seq_file hands out whole records)."""
+SHORT_FDINFO_BYTES = 448
+"""One read for which Python needs no malloc(3); what fills it is read once more."""
 LINK_OF_LINE = {
     "clockid": "anon_inode:[timerfd]",
     "eventfd-id": "anon_inode:[eventfd]",
@@ -55,9 +59,30 @@ class Facts:
     """Whether somebody else makes sure that ``info`` still holds, as long as the link is the same."""
 
     @property
+    def told_by_link(self) -> bool:
+        """Whether the same text of fdinfo, and the same link, mean the same file."""
+        return not self.told_by_raw and (self.info is None or self.told_by_path)
+
+    @property
     def cloexec(self) -> bool:
         """Whether the number is closed by exec."""
         return self.fdinfo.cloexec
+
+
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """A table in columns, of which whole lists are compared; see TableReader.expect()."""
+
+    table: Mapping[int, Facts]
+    files: list[int]
+    """The agent's descriptors of fdinfo, -1 if they are not held open, for all of ``table`` in its order."""
+    texts: list[bytes]
+    linked: list[int]
+    """Those of which fdinfo and link together tell all."""
+    names: list[str]
+    links: list[str]
+    others: list[int]
+    """Those that take a closer look in any case."""
 
 
 class TableReader:
@@ -88,41 +113,52 @@ class TableReader:
         while self._kept:
             os.close(self._kept.popitem()[1])
 
-    def look(self, known: Mapping[int, Facts] | None = None) -> dict[int, Facts]:
-        """Return all numbers; what has not changed since ``known`` is the very same object, with its ``info`` of then.
+    def look(self) -> dict[int, Facts]:
+        """Return all numbers. Those that a running target closes meanwhile may be missing."""
+        seen = {fd: self._see_if_open(fd) for fd in self._list()}
+        return {fd: facts for fd, facts in seen.items() if facts is not None}
 
-        Numbers that a running target closes meanwhile may be missing.
-        """
-        if known and os.fstat(self._links).st_size == len(known):
-            # Since Linux kernel commit f1f1f2569901 ("proc: report open files as size in stat() for /proc/pid/fd") (in
-            # v6.2). As many as before: the same ones, if all of those are still there.
-            with contextlib.suppress(FileNotFoundError):
-                return self._look_again(known)
-        table = {}
-        names = os.listdir(self._links)
-        self._keep = self._keep and make_room(len(names) + 64)
-        for name in names:
-            fd = int(name)
-            old = known.get(fd) if known else None
-            with contextlib.suppress(FileNotFoundError):  # Closed meanwhile, by a target that still runs.
-                table[fd] = self._see(fd) if old is None else self._see_again(fd, old)
-        return table
+    def _list(self) -> set[int]:
+        numbers = {int(name) for name in os.listdir(self._links)}
+        self._keep = self._keep and make_room(len(numbers) + 64)
+        return numbers
 
-    def _look_again(self, known: Mapping[int, Facts]) -> dict[int, Facts]:
-        # The hot loop of the freeze: mostly one call for each number.
-        kept, pread = self._kept, os.pread
-        table = {}
-        for fd, old in known.items():
-            file = kept.get(fd, -1)
-            if (
-                file >= 0
-                and pread(file, FDINFO_BYTES, 0) == old.raw
-                and (old.told_by_raw or self._is_at(fd, old))
-            ):
-                table[fd] = old
-            else:
-                table[fd] = self._see_again(fd, old)
-        return table
+    def _see_if_open(self, fd: int, old: Facts | None = None) -> Facts | None:
+        with contextlib.suppress(FileNotFoundError):  # Closed meanwhile, by a target that still runs.
+            return self._see(fd) if old is None else self._see_again(fd, old)
+        return None
+
+    def expect(self, table: Mapping[int, Facts]) -> Expectation:
+        """Lay out what changes() has to compare: what an earlier look has found, of which ``told_by_path`` is final."""
+        linked = [fd for fd, facts in table.items() if facts.told_by_link]
+        return Expectation(
+            table=table,
+            files=[self._kept.get(fd, -1) for fd in table],
+            texts=[facts.raw for facts in table.values()],
+            linked=linked,
+            names=[str(fd) for fd in linked],
+            links=[table[fd].link for fd in linked],
+            others=[fd for fd, facts in table.items() if not (facts.told_by_raw or facts.told_by_link)],
+        )
+
+    def changes(self, expected: Expectation) -> dict[int, Facts | None]:
+        """Return the numbers that are not as expected; None of one that is closed."""
+        # In the freeze: one call for each number, two where the link has to tell, and a closer look at what differs.
+        files, linked, table = expected.files, expected.linked, expected.table
+        texts = try_each(os.pread, files, repeat(SHORT_FDINFO_BYTES), repeat(0))
+        links = try_each(partial(os.readlink, dir_fd=self._links), expected.names)
+        doubtful = set(expected.others)
+        doubtful.update(compress(table, map(ne, texts, expected.texts)))
+        doubtful.update(compress(linked, map(ne, links, expected.links)))
+        seen = {fd: self._see_if_open(fd, table[fd]) for fd in doubtful}
+        changes = {fd: facts for fd, facts in seen.items() if facts is not table[fd]}
+        # Since Linux kernel commit f1f1f2569901 ("proc: report open files as size in stat() for /proc/pid/fd") (in
+        # v6.2). No more than those that were expected and are still there?
+        closed = list(changes.values()).count(None)
+        if os.fstat(self._links).st_size != len(table) - closed:
+            opened = {fd: self._see_if_open(fd) for fd in self._list() - table.keys()}
+            changes.update((fd, facts) for fd, facts in opened.items() if facts is not None)
+        return changes
 
     def _see_again(self, fd: int, old: Facts) -> Facts:
         if self._read(fd) == old.raw and (old.told_by_raw or self._is_at(fd, old)):
@@ -247,7 +283,7 @@ def _split_by_identity(ctx: DumpContext, fds: Sequence[int]) -> Iterable[list[in
         # A running target closed one. The next look is right again.
         return [[fd] for fd in fds]
     groups = [[ordered[0]]]
-    for left, right in itertools.pairwise(ordered):
+    for left, right in pairwise(ordered):
         # Neighbours in the result were compared with each other, else their order would not be
         # known.
         if (left, right) in same:

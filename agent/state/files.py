@@ -103,11 +103,11 @@ def _look(ctx: DumpContext, *, content: bool) -> tuple[DumpJob, FilesState]:
         job = DumpJob(ctx, descriptions, content)
         files = dump_all(job, descriptions)
         if job.obstacles and not content:
-            now = reader.look(table)
+            now = table | reader.changes(reader.expect(table))
             job.obstacles = [
                 obstacle
                 for obstacle, desc in zip(job.obstacles, job.refused, strict=True)
-                if all(fd in now and now[fd].key == table[fd].key for fd in desc.fds)
+                if all((facts := now[fd]) and facts.key == table[fd].key for fd in desc.fds)
             ]
     dumped = {file.id for file in files}
     entries = [

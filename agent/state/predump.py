@@ -15,13 +15,15 @@ has to be checked again in the freeze.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 from agent.state.context import DumpContext
 from agent.state.fdtable import Facts, TableReader, describe, group
-from agent.state.files import dump_all, dump_one, own_clock_ns, require_carried
+from agent.state.files import dump_all, dump_one, has_direct_io, own_clock_ns, require_carried
 from agent.state.openfile import O_ASYNC, Description, DumpJob, Recheck
 from agent.state.registry import FILE_KINDS
 from agent.state.sockets import is_tcp
@@ -31,7 +33,7 @@ from protocol.state.files import FdEntry, FilesChange, FilesState, OpenFile
 class PreDump:
     """The open files of a running process, and what becomes of them. close() it.
 
-    ``state`` has only what is worth being sent ahead.
+    ``state`` has only what is worth being sent ahead; ``has_direct_io`` tells of that.
     """
 
     def __init__(self, ctx: DumpContext) -> None:
@@ -51,8 +53,13 @@ class PreDump:
         except BaseException:
             self.close()
             raise
-        kept = {desc.id for desc in found if desc.id in self._files}
-        self._by_fd = {fd: desc for desc in found if desc.id in kept for fd in desc.fds}
+        kept = [desc for desc in found if desc.id in self._files]
+        self._by_fd = {fd: desc for desc in kept for fd in desc.fds}
+        times = Counter(facts.key for facts in self._table.values())
+        self._alone = {desc.fd: desc for desc in kept if times[self._table[desc.fd].key] == 1}
+        """Those that no other number can share, unless one changes; by number."""
+        self._fd_of_key = {self._table[fd].key: fd for fd in self._alone}
+        self._expected = self._reader.expect(self._table)
         self._entries = {
             fd: FdEntry(fd=fd, file_id=desc.id, cloexec=self._table[fd].cloexec)
             for fd, desc in self._by_fd.items()
@@ -61,6 +68,7 @@ class PreDump:
             fds=tuple(self._entries[fd] for fd in sorted(self._entries)),
             files=tuple(file for file, _body in self._files.values()),
         )
+        self.has_direct_io = has_direct_io(self.state.files)
 
     def close(self) -> None:
         """Let go of what was kept for the second look. Safe to call twice."""
@@ -69,6 +77,7 @@ class PreDump:
     def _dump(self, found: Iterable[Description]) -> None:
         # Obstacles do not matter: the final look finds them if they are still there.
         candidates = {}
+        self._by_kind: dict[str, list[tuple[int, Any]]] = {}
         for desc in found:
             with contextlib.suppress(OSError):
                 is_candidate = not desc.link.startswith("socket:") or is_tcp(self._job, desc)
@@ -76,6 +85,7 @@ class PreDump:
                 if dumped is not None and _may_be_ahead(dumped[0]):
                     candidates[desc.id] = desc
                     self._files[desc.id] = dumped
+                    self._by_kind.setdefault(dumped[0].kind, []).append((desc.id, dumped[1]))
             # The running target must not be left with copies for longer than a moment.
             self._ctx.drop_fetched()
         kept = self._check(Recheck(self._job, self._job, candidates))
@@ -92,14 +102,11 @@ class PreDump:
 
     def _check(self, check: Recheck) -> dict[int, Description]:
         """Find out which candidates are unchanged."""
-        by_kind: dict[str, list[tuple[Description, Any]]] = {}
-        for number, desc in check.candidates.items():
-            file, body = self._files[number]
-            by_kind.setdefault(file.kind, []).append((desc, body))
+        candidates, by_kind = check.candidates, self._by_kind
         for name, kind in FILE_KINDS.items():  # Epolls after what they watch.
             if kind.unchanged is not None and name in by_kind:
-                unchanged = kind.unchanged(check, by_kind[name])
-                check.kept.update((number, check.candidates[number]) for number in unchanged)
+                found = [(candidates[n], body) for n, body in by_kind[name] if n in candidates]
+                check.kept.update((n, candidates[n]) for n in kind.unchanged(check, found))
         return check.kept
 
     # -- the second look: the target is frozen -----------------------------------------------------------------------
@@ -111,30 +118,47 @@ class PreDump:
         """
         ctx = self._ctx
         ctx.forget_shared()
-        table = self._reader.look(self._table)
+        changes = self._reader.changes(self._expected)
         clock_ns = own_clock_ns(ctx)
-        candidates: dict[int, Description] = {}
-        found = []
-        for fds in group(ctx, table):
+        seen = {fd: facts for fd, facts in changes.items() if facts is not None}
+        closed = changes.keys() - seen.keys()
+        table = self._table | seen
+        for fd in closed:
+            del table[fd]
+        settled = self._find_settled(changes)
+        candidates = {desc.id: desc for desc in settled.values()}
+        others = []
+        for fds in group(ctx, {fd: table[fd] for fd in table.keys() - settled.keys()}):
             desc = self._find_earlier(fds, table, candidates)
             if desc is None:
                 desc = describe(self._new_id(), fds, table)
             else:
                 candidates[desc.id] = desc
-            found.append(desc)
-        check = Recheck(self._job, DumpJob(ctx, found, content=True), candidates)
-        kept = self._check(check)
+            others.append(desc)
+        found = [*settled.values(), *others]
+        kept = self._check(Recheck(self._job, DumpJob(ctx, found, content=True), candidates))
         # Ids are in the order of the numbers, as in a whole dump.
-        found = [desc if desc.id in kept else self._renew(desc) for desc in found]
-        job = DumpJob(ctx, found, content=True)
-        files = dump_all(job, [desc for desc in found if desc.id not in kept])
+        lost = sorted([desc for desc in found if desc.id not in kept], key=attrgetter("fds"))
+        renewed = {desc.id: self._renew(desc) for desc in lost}
+        job = DumpJob(ctx, [renewed.get(desc.id, desc) for desc in found], content=True)
+        files = dump_all(job, renewed.values())
         require_carried(job)
+        changed = [*renewed.values(), *(desc for desc in others if desc.id in kept)]
         return FilesChange(
-            closed=tuple(sorted(self._entries.keys() - table.keys())),
-            fds=self._changed_entries(found, table),
+            closed=tuple(sorted(closed & self._entries.keys())),
+            fds=self._changed_entries(changed, table),
             files=files,
             clock_monotonic_ns=clock_ns,
         )
+
+    def _find_settled(self, changes: Mapping[int, Facts | None]) -> dict[int, Description]:
+        """Return, by number, the earlier descriptions of those that are as they were, and that no other can share."""
+        settled = dict(self._alone)
+        for fd, facts in changes.items():
+            settled.pop(fd, None)
+            if facts is not None:
+                settled.pop(self._fd_of_key.get(facts.key, -1), None)
+        return settled
 
     def _renew(self, desc: Description) -> Description:
         info = self._reader.stat(desc.fd) if desc.info is not None else None
@@ -145,7 +169,7 @@ class PreDump:
         return self._next_id - 1
 
     def _find_earlier(
-        self, fds: list[int], table: dict[int, Facts], taken: dict[int, Description]
+        self, fds: list[int], table: Mapping[int, Facts], taken: dict[int, Description]
     ) -> Description | None:
         """Return the earlier description that a group of numbers is, as far as the table can tell."""
         for fd in fds:
@@ -158,7 +182,7 @@ class PreDump:
         return None
 
     def _changed_entries(
-        self, found: Iterable[Description], table: dict[int, Facts]
+        self, found: Iterable[Description], table: Mapping[int, Facts]
     ) -> tuple[FdEntry, ...]:
         changed = []
         for desc in found:

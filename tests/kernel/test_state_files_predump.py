@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import random
+import resource
 import select
 import signal
 import socket
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,6 +126,8 @@ class Told:
     ahead: FilesState
     change: FilesChange
     whole: FilesState
+    calls: dict[str, int]
+    """How often functions of os were called in the end."""
 
     @property
     def dumped(self) -> set[int]:
@@ -172,7 +175,8 @@ def told(tmp_path: Path, before: str, later: str, options: Options | None = None
     with changing_child(tmp_path, before, later, options) as child:
         with closing(PreDump(child.ctx)) as ahead:
             let_change(child, tmp_path)
-            result = Told(ahead.state, ahead.dump_change(), dump_files(child.ctx))
+            change, calls = counting_calls(ahead.dump_change)
+            result = Told(ahead.state, change, dump_files(child.ctx), calls)
     assert picture(whole_of(result.ahead, result.change)) == picture(result.whole)
     return result
 
@@ -249,8 +253,18 @@ CHANGES: dict[str, tuple[str, set[int]]] = {
     "pipe filled and emptied": ("os.write(21, b'x'); os.read(20, 1)", set()),
     "pipe size": ("fcntl.fcntl(23, 1031, 1 << 17)", {22, 23}),
     "pipe owner": ("fcntl.fcntl(22, 10, 12)", {22, 23}),
+    "pipe owner given up": (
+        "fcntl.fcntl(23, fcntl.F_SETOWN, os.getpid()); fcntl.fcntl(23, fcntl.F_SETOWN, 0)", set()
+    ),
     "one more reader": ("place(os.open('/proc/self/fd/22', os.O_RDONLY), 75)", {22, 23, 75}),
     "signals asked for": ("fcntl.fcntl(22, fcntl.F_SETFL, os.O_ASYNC)", {22, 23}),
+    "one reader more and less": ("os.close(os.open('/proc/self/fd/22', os.O_RDONLY))", set()),
+    # The directory has been the only one that looks so.
+    "another one like it": ("place(os.open('.', os.O_RDONLY | os.O_DIRECTORY), 70); os.dup2(31, 71)", {70}),
+    "the same once more": ("os.dup2(42, 70); os.dup2(30, 71)", set()),
+    "taken over by another one like it": (
+        "file('b', 70, os.O_RDWR, 0); os.lseek(70, 7, 0); os.dup2(70, 11)", {12}
+    ),
     "another pipe": ("os.close(22); os.close(23); pipe(22, 23)", {22, 23}),
     "event counted": ("os.eventfd_write(31, 1)", {31}),
     "watched event counted": ("os.eventfd_write(30, 1)", {30, 50, 51}),
@@ -358,6 +372,28 @@ def test_what_others_might_notice_is_not_made_ahead(tmp_path: Path, name: str) -
 def test_obstacles_that_have_come_up_are_named(tmp_path: Path) -> None:
     later = "os.unlink('a'); place(os.open('/dev/ptmx', os.O_RDWR), 30)"
     assert refused_later(tmp_path, "file('a', 10); file('b', 11)", later) == {"fd 10", "fd 30"}
+
+
+def test_an_end_that_another_process_has_now_is_named(tmp_path: Path) -> None:
+    later = """
+    if os.fork():
+        os.close(21)
+    else:
+        LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        os.close(20)
+        while True: signal.pause()
+    """
+    assert refused_later(tmp_path, "pipe(20, 21)", later) == {"fd 20"}
+
+
+def test_a_device_under_another_name_is_dumped_again(tmp_path: Path) -> None:
+    before = """
+    os.mknod("null", 0o20666, os.makedev(1, 3))
+    place(os.open("null", os.O_RDWR), 20)
+    """
+    state = told(tmp_path, before, "os.rename('null', 'other')")
+    assert 20 in state.prepared
+    assert state.dumped == {20}
 
 
 def test_obstacles_that_are_gone_by_the_freeze_do_not_matter(tmp_path: Path) -> None:
@@ -508,21 +544,34 @@ while True:
             assert {obstacle.what for obstacle in child.check()} == {"fd 11"}
 
 
-def test_many_unchanged_files_cost_one_look_each(tmp_path: Path) -> None:
-    before = """
-    import resource
-    resource.setrlimit(resource.RLIMIT_NOFILE, (4000, 4000))
-    for number in range(1000): os.eventfd(number)
-    """
-    with changing_child(tmp_path, before, "os.eventfd_write(500, 1)") as child:
-        with closing(PreDump(child.ctx)) as ahead:
-            let_change(child, tmp_path)
-            calls = count_calls(ahead.dump_change)
-    assert calls["pread"] <= 1010 and calls["open"] <= 10 and calls["readlink"] <= 10, calls
+MANY = """
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (4000, 4000))
+for number in range(1000, 1250): file("a", number)
+for number in range(1250, 1750, 2): pipe(number, number + 1)
+for number in range(1750, 2000): event(number)
+"""
 
 
-def count_calls(action: Any) -> dict[str, int]:
-    """How often the functions of os were called meanwhile."""
+@pytest.mark.parametrize("name, later, dumped", [
+    ("nothing", "pass", set()),
+    ("count", "os.eventfd_write(1900, 1)", {1900}),
+    ("closed", "os.close(1901)", set()),
+    ("opened", "event(2000)", {2000}),
+    ("closed and opened", "os.close(1000); event(2000)", {2000}),
+])  # fmt: skip
+def test_many_unchanged_files_cost_one_look_each(
+    tmp_path: Path, name: str, later: str, dumped: set[int]
+) -> None:
+    state = told(tmp_path, MANY, later)
+    assert state.dumped == dumped
+    calls = state.calls
+    assert calls["pread"] <= 1010 and calls["readlink"] <= 260 and calls["stat"] <= 260, calls
+    assert calls["open"] <= 10 and calls["listdir"] <= 2, calls
+
+
+def counting_calls(action: Callable[[], FilesChange]) -> tuple[FilesChange, dict[str, int]]:
+    """What an action returns, and how often functions of os were called meanwhile."""
     counts = dict.fromkeys(("open", "pread", "readlink", "stat", "listdir"), 0)
     with pytest.MonkeyPatch.context() as patch:
         for name in counts:
@@ -531,8 +580,33 @@ def count_calls(action: Any) -> dict[str, int]:
                 return real(*args, **kwargs)
 
             patch.setattr(os, name, counted)
-        action()
-    return counts
+        return action(), counts
+
+
+@pytest.mark.parametrize("end", [1250, 1506, 1749])
+def test_one_of_many_pipes_is_told_from_the_others(tmp_path: Path, end: int) -> None:
+    later = f"fcntl.fcntl({end}, fcntl.F_SETOWN, os.getpid())"
+    assert told(tmp_path, MANY, later).dumped == {end & ~1, end | 1}
+
+
+def test_a_text_longer_than_one_look_is_compared_to_its_end(tmp_path: Path) -> None:
+    before = """
+    for number in range(100, 400): event(number)
+    for number in (20, 21, 22): epoll(number, *((fd, 1) for fd in range(100, 400)))
+    epoll(23, *((fd, 1) for fd in range(100, 105)))
+    """
+    assert told(tmp_path, before, "watch(20, MOD, 399, 5); watch(23, MOD, 104, 5)").dumped == {20, 23}
+
+
+def test_a_table_may_have_become_much_larger(tmp_path: Path) -> None:
+    later = "import resource; resource.setrlimit(7, (4000, 4000)); [event(n) for n in range(1000, 2000)]"
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (400, limits[1]))
+    try:
+        state = told(tmp_path, "event(20)", later)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert state.dumped == set(range(1000, 2000))
 
 
 def test_numbers_may_be_given_to_each_other(tmp_path: Path) -> None:

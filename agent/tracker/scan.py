@@ -128,7 +128,10 @@ class ScanTracker(BookedTracker):
         written, complete = self._written(look)
         settled &= complete
         self._final_guards = RangeSet()
-        for part, of_file in ((layout.anonymous, False), (layout.private_file, True)):
+        # Telling copied pages of files from others takes time where there are hundreds of thousands of ranges; in the
+        # final round, mostly short, what takes time is another pass.
+        separate = [(layout.anonymous, False), (layout.private_file, True)]
+        for part, of_file in [(layout.private, True)] if final else separate:
             for again, ranges in ((False, new.intersect(part)), (True, written.intersect(part))):
                 if ranges:
                     dirty, complete = self._take(ranges, part, of_file=of_file, written=again, final=final)

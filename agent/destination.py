@@ -35,7 +35,7 @@ from agent.session_store import ABORTED, COMMITTED, DecidedRecord, SessionStore
 from agent.target.hold import release_hold
 from agent.types import Obstacle
 from agent.version import SOFTWARE
-from agent.warmup import populate_own_memory, urgent, warm_up
+from agent.warmup import urgent, warm_up
 from protocol.errors import ProtocolError
 from protocol.messages import (
     Abort,
@@ -306,7 +306,6 @@ class _Migration:
                 rebuild.follow_layout(decode_section(message))
             elif message.kind == "pre_dump":
                 self._soon = True
-                populate_own_memory()
                 state = decode_section(message)
                 if state is not None:
                     rebuild.prepare_threads(state)

@@ -62,7 +62,7 @@ from agent.tracker.choose import REFERENCE, Choice, choose_tracker
 from agent.tracker.create import create_tracker
 from agent.types import Obstacle
 from agent.version import SOFTWARE
-from agent.warmup import AHEAD_PRIORITY, make_urgent, populate_own_memory, urgent, warm_up
+from agent.warmup import AHEAD_PRIORITY, make_urgent, urgent, warm_up
 from protocol.messages import (
     Accept,
     Commit,
@@ -308,7 +308,6 @@ class _Migration:
             self._made_ahead.callback(self.pre_dump.close)
         # What is waited for from here on is the agent.
         self._niceness.restore()
-        populate_own_memory()
         if decision is not None:
             self._close_in(rounds, decision)
 

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import gc
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import get_args
 
-from agent.kernel import mman
-from agent.procfs.files import read_bytes
 from agent.state import task
 from agent.state.registry import FILE_KINDS
 from protocol import codec
@@ -26,8 +23,6 @@ URGENT_PRIORITY = 2
 """Real-time priority of an agent while the target is frozen: nearly the lowest, above all ordinary processes."""
 AHEAD_PRIORITY = 1
 """Of its threads that work ahead: where CPUs are scarce, whoever the other agent waits for comes first."""
-_WRITABLE = re.compile(rb"^(\w+)-(\w+) rw-p \S+ \S+ \d+ *(.*)$", re.MULTILINE)
-_LARGE_BYTES = 4 << 20
 _CPU_LATENCY = "/dev/cpu_dma_latency"
 """What is written there holds until it is closed: how many microseconds a CPU may take to wake up, a 32-bit integer."""
 _NO_LATENCY = bytes(4)
@@ -43,20 +38,6 @@ def warm_up() -> None:
         codec.prepare(schema)
     list(FILE_KINDS.values())  # Imports them.
     task.warm_up()
-
-
-def populate_own_memory() -> None:
-    """Take now the page faults that this agent's own memory has in store.
-
-    After a fork (the skeleton, a rehearsal) whatever is written to first, as every object is that is looked at, has to
-    be copied: a hundred times and more in a freeze, and page faults are dear in a virtual machine.
-    """
-    for start, end, path in _WRITABLE.findall(read_bytes("/proc/self/maps")):
-        address, nr_bytes = int(start, 16), int(end, 16) - int(start, 16)
-        # Large ones are buffers and the stacks of threads, of which most was never touched.
-        if (nr_bytes <= _LARGE_BYTES or path == b"[heap]") and path != b"[stack]":
-            with suppress(OSError):  # before Linux 5.14
-                mman.madvise(address, nr_bytes, mman.MADV_POPULATE_WRITE)
 
 
 @contextmanager

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import gc
 import os
-import resource
 
 import pytest
 
 from agent import warmup
-from agent.warmup import populate_own_memory, urgent
-from tests.kernel.support import PAGE, Puppet, skip_unless_root
+from agent.warmup import urgent
+from tests.kernel.support import skip_unless_root
 
-MEMORY_BYTES = 1 << 20
-MEMORY = bytearray(b"1" * MEMORY_BYTES)
 DEVICE = "/dev/cpu_dma_latency"
 
 
@@ -38,25 +35,6 @@ def test_everything_is_as_before_afterwards() -> None:
     assert os.sched_getscheduler(0) == before
     assert gc.isenabled()
     assert open_devices() == 0
-
-
-def test_pages_shared_with_a_fork_are_copied_ahead() -> None:
-    puppet = Puppet()
-    try:
-        # Once as they are after the fork, once more after they were populated.
-        assert puppet.run(faults_of, MEMORY_BYTES // 2, MEMORY_BYTES) >= MEMORY_BYTES // PAGE // 2 - 1
-        puppet.run(populate_own_memory)
-        assert puppet.run(faults_of, 0, MEMORY_BYTES // 2) < MEMORY_BYTES // PAGE // 8
-    finally:
-        puppet.close()
-
-
-def faults_of(start: int, end: int) -> int:
-    """How many page faults it takes to write to a part of the memory that was there before the fork."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for at in range(start, end, PAGE):
-        MEMORY[at] = 2
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
 def test_a_host_without_the_device_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,9 @@ def test_stat_and_status_agree_with_the_process() -> None:
         assert told.uids == (os.getuid(), os.geteuid(), os.geteuid(), os.geteuid())
         assert told.groups == tuple(sorted(os.getgroups()))
         assert stat.read_task_stat(child.pid, child.pid).comm == found.comm
+        assert stat.read_state(child.pid) == found.state
+        sets = status.read_signal_sets(child.pid, child.pid)
+        assert sets == (told.sig_pnd, told.shd_pnd, told.sig_blk, told.sig_ign, told.sig_cgt)
         assert status.read_task_status(child.pid, child.pid).tgid == child.pid
 
 

@@ -491,6 +491,50 @@ def test_signal_of_a_timer_that_goes_off_after_the_calls_is_not_lost() -> None:
         assert private.count(40) == 3
 
 
+def have_child(ends: bool) -> int:
+    pid = os.fork()
+    if not pid:
+        if not ends:
+            signal.pause()
+        os._exit(0)
+    if ends:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    return pid
+
+
+def trace(pid: int) -> None:
+    ptrace.seize(pid)
+
+
+def has_children(pid: int) -> bool:
+    task = TaskDump(context_of(pid))
+    with Tracer(pid) as tracer:
+        tracer.stop_all()
+        with Injector(tracer) as injector:
+            injector.run_parallel(task.plan(tracer), meanwhile=task.look())
+            return task.has_children()
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_children_are_told_zombies_too(ends: bool) -> None:
+    with rich_child() as child:
+        assert not has_children(child.pid)
+        pid = child.run(have_child, ends)
+        child.wait_idle()
+        assert has_children(child.pid)
+        os.kill(pid, signal.SIGKILL)
+        child.run(os.waitpid, pid, 0)
+        child.wait_idle()
+        assert not has_children(child.pid)
+
+
+def test_somebody_that_the_process_traces_is_no_child() -> None:
+    with puppet() as other, puppet() as child:  # the tracer ends first
+        child.run(trace, other.pid)
+        child.wait_idle()
+        assert not has_children(child.pid)
+
+
 def start_sleepers(count: int) -> None:
     for _ in range(count):
         threading.Thread(target=signal.pause, daemon=True).start()

@@ -259,6 +259,15 @@ def test_alike_threads_differ_only_in_what_their_calls_are_given() -> None:
         assert seen[0] != seen[1], field.name
 
 
+@pytest.mark.parametrize("size", [576, 832, 2696, 4096, 5000, 11008])
+@pytest.mark.parametrize("zeros", [0, 1, 63, 64, 65, 255, 256, 257, 520, 576])
+def test_extended_registers_travel_without_the_zeros_at_their_end(size: int, zeros: int) -> None:
+    xstate = bytes([1] * (size - zeros)) + bytes(zeros)
+    packed = ThreadsState.of([dataclasses.replace(thread(7), xstate=xstate)])
+    assert packed.xstates == (bytes([1] * (size - zeros)),) and packed.xstate_sizes == (size,)
+    assert packed.threads()[0].xstate == xstate
+
+
 def test_timer_that_fired_while_it_was_read_is_not_carried_twice() -> None:
     state = TimersState(
         interval_timers=(IntervalTimer(which=0, remaining_ns=100, interval_ns=0),),

@@ -95,9 +95,10 @@ class Niceness:
     def look_now(self) -> None:
         """Take one step back if this thread waited for a CPU longer than it ran since the last look."""
         before, now = self._times, self._run_times()
-        self._times, self._due_s = now, time.monotonic() + LOOK_S
+        self._due_s = time.monotonic() + LOOK_S
         if before is None or now is None:
             return
+        self._times = now
         waited_ns, ran_ns = now.waited_ns - before.waited_ns, now.ran_ns - before.ran_ns
         if waited_ns <= max(ran_ns, LOOK_S * 1e9 / 4):
             return

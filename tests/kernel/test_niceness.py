@@ -165,6 +165,18 @@ def untold() -> Values:
     return values()
 
 
+def test_what_was_lowered_comes_back_even_if_nobody_tells_any_more(puppet: Puppet) -> None:
+    assert puppet.run(told_once) == [(19, 19, 19), (0, 0, 0)]
+
+
+def told_once() -> list[Values]:
+    times = iter([RunTimes(0, 0), None])
+    with Niceness(run_times=lambda _pid, _tid: next(times)) as nice:
+        nice.look_now()
+        found = [values()]
+    return [*found, values()]
+
+
 def test_text_of_an_autogroup() -> None:
     assert parse_autogroup(b"/autogroup-27 nice -5\n") == ("/autogroup-27", -5)
     assert parse_autogroup(b"") is None

@@ -7,8 +7,9 @@ totals of pages and sections.
 
 The states around the point of no return, where it matters who knows what:
 
-    RESTORED    the copy is complete, Commit not yet seen here. If the link dies: FAILED. The
-                destination records "aborted" and drops its copy, the source goes on.
+    RESTORED    the copy is complete but for what its threads stand at, Commit not yet seen here. If
+                the link dies, or that fails: FAILED. The destination records "aborted" and drops its
+                copy, the source goes on.
     COMMITTED   Commit sent (source) or received (destination). From here no event leads the
                 source back to running by itself: if the link dies, or talks nonsense, UNDECIDED.
                 Only one thing does: an Abort of the destination. It gave up before Commit reached

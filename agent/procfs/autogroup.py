@@ -23,7 +23,10 @@ class Autogroup(NamedTuple):
 
 
 def parse_autogroup(data: bytes) -> Autogroup | None:
-    """Parse such a file; None for one that is empty (the process is on its way out) or means something else."""
+    """Parse such a file; None for one that is empty (below) or means something else.
+
+    Empty is that of init's own session, where it never made one, and of a process on its way out.
+    """
     match = _LINE.fullmatch(data)
     return None if match is None else Autogroup(match[1].decode(), int(match[2]))
 

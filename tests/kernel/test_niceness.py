@@ -26,12 +26,14 @@ Values = tuple[int, int, int]
 def puppet() -> Iterator[Puppet]:
     """A process in a session of its own, without a terminal."""
     skip_unless_root()
-    if read_autogroup(os.getpid()) is None or read_run_times(os.getpid(), os.getpid()) is None:
-        skip_or_fail("the kernel has no autogroups (CONFIG_SCHED_AUTOGROUP) or no schedstat (CONFIG_SCHED_INFO)")
     child = Puppet()
-    child.run(os.setsid)
-    yield child
-    child.close()
+    try:
+        child.run(os.setsid)  # the tests themselves may be in init's session, which has no group
+        if read_autogroup(child.pid) is None or read_run_times(child.pid, child.pid) is None:
+            skip_or_fail("the kernel has no autogroups (CONFIG_SCHED_AUTOGROUP) or no schedstat (CONFIG_SCHED_INFO)")
+        yield child
+    finally:
+        child.close()
 
 
 def values() -> Values:

@@ -118,8 +118,10 @@ class RoundSender:
         kind = "files_change" if isinstance(files, FilesChange) else "files"
         self._link.send(encode_section(kind, self._target.ns_pid, files))
 
-    def send_round(self, number: int, dirty: DirtySet, *, final: bool = False) -> RoundReport:
-        """Send one round; the report says what it was and took.
+    def send_round(
+        self, number: int, dirty: DirtySet, *, final: bool = False, is_awaited: bool = True
+    ) -> RoundReport:
+        """Send one round; the report says what it was and took. ``is_awaited``: when it is placed, unless it is final.
 
         :raises RefusedError: a mapping appeared that cannot be carried.
         """
@@ -144,7 +146,7 @@ class RoundSender:
             pages_dirty += self._send_shared(key, ranges, final=final)
         totals = session.round_end()
         self._link.send(totals)
-        if not final and not self._link.recorded:
+        if is_awaited and not final and not self._link.recorded:
             # Buffers on the way hold megabytes: what is still there when the target freezes is downtime.
             self._link.expect(RoundPlaced)
         return RoundReport(

@@ -151,8 +151,7 @@ class TaskSender:
                 return False
             dump.peek()
             sections: list[StateSection] = []
-            injector.close(meanwhile=self._encode(sections))
-        on_dumped()
+            injector.close(meanwhile=self._encode(sections), then=on_dumped)
         link.send_all(sections)
         return True
 

@@ -160,6 +160,8 @@ class _Migration:
         self._made_ahead = contextlib.ExitStack()
         self._niceness = Niceness(target.pid)
         self.pre_dump: PreDump | None = None
+        self._decision: Decision | None = None
+        """That rounds are enough; None if there were none."""
 
     def run(self) -> None:
         """Go through all phases."""
@@ -295,7 +297,7 @@ class _Migration:
         )
         self.phase = link.channel.phase = "rounds"
         self.reporter.phase(self.phase)
-        decision = self._iterate(link, rounds, limits) if self.options.max_rounds else None
+        decision = self._decision = self._iterate(link, rounds, limits) if self.options.max_rounds else None
         self._wait_for_children()
         rounds.learn_flags()
         self.task_sender = TaskSender(self.target)
@@ -382,11 +384,14 @@ class _Migration:
     def _switch_over(self, link: Link, tracker: Tracker, rounds: RoundSender) -> CompletedReport:
         if self.limiter is not None:
             self.limiter.enabled = False
-        with urgent(), ThreadPoolExecutor(1, "look") as executor:
+        with contextlib.ExitStack() as pace, ThreadPoolExecutor(1, "look") as executor:
             executor.submit(make_urgent, 0, AHEAD_PRIORITY).result()  # makes its thread
             link.send(Switchover())
             for attempt in range(1, FREEZE_ATTEMPTS + 1):
                 with Tracer(self.target.pid) as tracer:
+                    if attempt == 1:
+                        self._send_latest(rounds)
+                        pace.enter_context(urgent())
                     self._freeze(tracer)
                     try:
                         is_sent = self._send_task(link, tracer, partial(rounds.look_ahead, executor))
@@ -406,6 +411,14 @@ class _Migration:
                     self._send_final(link, rounds)
                     return self._finish(link, tracer, tracker)
             raise SetupError(f"Process {self.target.pid} keeps starting child processes")
+
+    def _send_latest(self, rounds: RoundSender) -> None:
+        """Send, where the target writes a lot, what it has written while this was prepared."""
+        decision = self._decision
+        may_go_on = len(self.reports) < self.options.max_rounds
+        if decision is not None and may_go_on and self.reports[-1].pages_dirty > FEW_PAGES:
+            report = rounds.send_round(len(self.reports), rounds.collect(final=False), is_awaited=False)
+            self._note_round(report, replace(decision, reason="with everything ready for the freeze"))
 
     def _freeze(self, tracer: Tracer) -> None:
         with self._phase("freeze", frozen=True):

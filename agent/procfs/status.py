@@ -15,6 +15,7 @@ from agent.procfs.files import read_bytes
 _SIGNAL_SETS: Final = re.compile(
     rb"^SigPnd:\t(\w+)\nShdPnd:\t(\w+)\nSigBlk:\t(\w+)\nSigIgn:\t(\w+)\nSigCgt:\t(\w+)\n", re.MULTILINE
 )
+_VOLUNTARY_SWITCHES: Final = re.compile(rb"^voluntary_ctxt_switches:\s*(\d+)", re.MULTILINE)
 _ESCAPE: Final = re.compile(r"\\(n|\\|[0-7]{3})")
 
 
@@ -176,13 +177,42 @@ def read_signal_sets(pid: int, tid: int) -> SignalSets:
     :raises ProcessLookupError: it is gone.
     :raises ValueError: the file says something else.
     """
-    data = read_bytes(f"/proc/{pid}/task/{tid}/status")
+    return parse_signal_sets(read_task_status_text(pid, tid))
+
+
+def parse_signal_sets(data: bytes) -> SignalSets:
+    """Return the signal sets of a status file.
+
+    :raises ValueError: it is none.
+    """
     match = _SIGNAL_SETS.search(data)
     if match is None:
         raise ValueError(f"Not a status file: {data[:80]!r}")
     return SignalSets(*[int(bits, 16) for bits in match.groups()])
 
 
+def read_voluntary_switches(pid: int, tid: int) -> int:
+    """Return how often a thread has gone to sleep; -1 where the kernel does not tell.
+
+    :raises ProcessLookupError: it is gone.
+    """
+    return parse_voluntary_switches(read_task_status_text(pid, tid))
+
+
+def parse_voluntary_switches(data: bytes) -> int:
+    """Return how often the thread of a status file has gone to sleep; -1 where the kernel does not tell."""
+    match = _VOLUNTARY_SWITCHES.search(data)
+    return int(match.group(1)) if match else -1
+
+
+def read_task_status_text(pid: int, tid: int) -> bytes:
+    """Return the status of one thread as it stands there, for one of the above.
+
+    :raises ProcessLookupError: it is gone.
+    """
+    return read_bytes(f"/proc/{pid}/task/{tid}/status")
+
+
 def read_task_status(pid: int, tid: int) -> Status:
     """Return the status of one thread: signals, credentials and affinity are its own."""
-    return parse_status(read_bytes(f"/proc/{pid}/task/{tid}/status"))
+    return parse_status(read_task_status_text(pid, tid))

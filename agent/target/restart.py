@@ -40,7 +40,13 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from agent.kernel import ptrace
 from agent.kernel import syscalls as nr
 from agent.kernel.arch import SYSCALL_ARGUMENTS, user_regs_struct
-from agent.procfs.status import read_signal_sets
+from agent.procfs.status import (
+    SignalSets,
+    parse_signal_sets,
+    parse_voluntary_switches,
+    read_task_status_text,
+    read_voluntary_switches,
+)
 from agent.procfs.syscall import read_syscall
 from agent.target.blocking import (
     EINTR_CALLS,
@@ -54,7 +60,7 @@ from agent.target.blocking import (
     has_time_limit,
     signed_int,
 )
-from agent.target.sleepers import SleepSample, voluntary_switches
+from agent.target.sleepers import SleepSample
 from protocol.state.restart import RestartState
 
 if TYPE_CHECKING:
@@ -115,11 +121,11 @@ def sleep_number(pid: int, tid: int, call: KnownCall) -> int | None:
     Only when the kernel goes on with it in restart_syscall: the same number later means the very same sleep.
     """
     try:
-        switches = voluntary_switches(pid, tid)
+        switches = read_voluntary_switches(pid, tid)
         info = read_syscall(pid, tid)
         if info is None or info != (nr.NR_restart_syscall, call.args, call.rsp, call.rip):
             return None
-        return switches if voluntary_switches(pid, tid) == switches else None
+        return switches if read_voluntary_switches(pid, tid) == switches else None
     except OSError:
         return None
 
@@ -203,11 +209,14 @@ def hide_eintr(thread: TracedThread) -> bool:
     regs = thread.regs
     if not in_syscall(regs) or regs.result != -errno.EINTR or regs.orig_rax not in EINTR_CALLS:
         return False
-    if thread.pending_stop_signal or _deliverable(thread):
+    if thread.pending_stop_signal:
+        return False
+    status = read_task_status_text(thread.pid, thread.tid)
+    if _deliverable(thread, parse_signal_sets(status)):
         return False
     again = _rewound(regs, regs.orig_rax)
     request = _register_limit_ns(regs)
-    remaining = remaining_ns(thread, request)
+    remaining = remaining_ns(thread, request, status)
     if remaining == 0 and regs.orig_rax in TIMEOUT_RESULT:
         again = regs.copy()
         again.rax = TIMEOUT_RESULT[regs.orig_rax] & _U64
@@ -219,8 +228,7 @@ def hide_eintr(thread: TracedThread) -> bool:
     return True
 
 
-def _deliverable(thread: TracedThread) -> int:
-    sets = read_signal_sets(thread.pid, thread.tid)
+def _deliverable(thread: TracedThread, sets: SignalSets) -> int:
     pending = (sets.sig_pnd | sets.shd_pnd) & ~sets.sig_blk
     if thread.holds_sigstop:
         pending &= ~(1 << (signal.SIGSTOP - 1))
@@ -238,27 +246,29 @@ def _register_limit_ns(regs: user_regs_struct) -> int | None:
 # -- what remains ------------------------------------------------------------------------------------------------------
 
 
-def remaining_ns(thread: TracedThread, request_ns: int | None) -> int | None:
+def remaining_ns(thread: TracedThread, request_ns: int | None, status: bytes | None = None) -> int | None:
     """Return how much of a relative time limit is left now: at least what really is, at most all of it.
 
-    None: there is no limit (``request_ns`` is None).
+    None: there is no limit (``request_ns`` is None). ``status``: what /proc says of the stopped thread, if it is known.
     """
     if request_ns is None:
         return None
     sample = thread.sample
-    if sample is None or sample.asleep_since_ns is None or not _matches(sample, thread):
+    if sample is None or sample.asleep_since_ns is None or not _matches(sample, thread, status):
         return request_ns
     slept = time.clock_gettime_ns(time.CLOCK_MONOTONIC) - sample.asleep_since_ns
     slept -= slept // _SLEW_DIVISOR + _SLACK_NS
     return min(max(request_ns - max(slept, 0), 0), request_ns)
 
 
-def _matches(sample: SleepSample, thread: TracedThread) -> bool:
+def _matches(sample: SleepSample, thread: TracedThread, status: bytes | None = None) -> bool:
     regs = thread.regs
     if regs.orig_rax not in (sample.nr, nr.NR_restart_syscall) or sample.args != _arguments(regs):
         return False
     # Our stop is the one switch since the sample.
-    return voluntary_switches(thread.pid, thread.tid) == sample.voluntary_switches + 1
+    if status is None:
+        status = read_task_status_text(thread.pid, thread.tid)
+    return parse_voluntary_switches(status) == sample.voluntary_switches + 1
 
 
 def _arguments(regs: user_regs_struct) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ import signal
 import struct
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import accumulate
 from types import TracebackType
 from typing import ClassVar, Final, NamedTuple, TypeVar
@@ -352,13 +352,17 @@ class Runner(ABC):
         self._wait_event_stop(thread)
         return ptrace.getregs(thread.tid)
 
-    def close(self, *, meanwhile: Iterable[object] = ()) -> None:
+    def close(
+        self, *, meanwhile: Iterable[object] = (), then: Callable[[], object] = lambda: None
+    ) -> None:
         """Remove every trace: the scratch mapping, the code, the threads' registers and signal masks.
 
-        A skeleton keeps its threads as they are. Closing twice is harmless. ``meanwhile``: as in run_parallel().
+        A skeleton keeps its threads as they are. Closing twice is harmless. ``meanwhile``: as in run_parallel();
+        ``then`` is called before what is left of that.
         """
         with self._running_errands(meanwhile):
             self._close()
+            then()
 
     def _default_thread(self) -> TracedThread:
         leader = self.tracer.threads.get(self.tracer.pid)

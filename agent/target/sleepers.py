@@ -7,16 +7,16 @@ Times are nanoseconds of CLOCK_MONOTONIC. Sources: proc_pid_syscall(5), kernel/s
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Iterable, Sequence
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from agent.kernel import syscalls as nr
 from agent.procfs.files import read_text
 from agent.procfs.process import list_tids
 from agent.procfs.sched import parse_sched
 from agent.procfs.stat import read_task_stat
+from agent.procfs.status import read_voluntary_switches
 from agent.procfs.syscall import read_syscall
 from agent.target.blocking import (
     EINTR_PRONE,
@@ -26,8 +26,6 @@ from agent.target.blocking import (
     has_limit,
     has_time_limit,
 )
-
-_VOLUNTARY_SWITCHES: Final = re.compile(rb"^voluntary_ctxt_switches:\s*(\d+)", re.MULTILINE)
 
 
 class SleepSample(NamedTuple):
@@ -70,14 +68,14 @@ def _sample(pid: int, tids: Sequence[int], delicate: set[int]) -> dict[int, Slee
             if call.nr in EINTR_PRONE:
                 delicate.add(int(tid))
             if call.nr == nr.NR_restart_syscall:
-                switches = voluntary_switches(pid, tid)
+                switches = read_voluntary_switches(pid, tid)
                 number = guess_restarted(read_text(f"/proc/{pid}/task/{tid}/wchan"), call.args)
                 if number is not None:
                     samples[int(tid)] = SleepSample(number, call.args, None, switches)
                 continue
             if call.nr not in TIMED_CALLS or not has_limit(call.nr, call.args):
                 continue
-            switches = voluntary_switches(pid, tid)
+            switches = read_voluntary_switches(pid, tid)
             samples[int(tid)] = SleepSample(call.nr, call.args, None, switches)
             exec_start = _exec_start_ns(f"/proc/{pid}/task/{tid}/sched")
             if exec_start is not None:
@@ -103,13 +101,6 @@ def guess_restarted(wchan: str, args: tuple[int, ...]) -> int | None:
         is_clock = args[0] < LOWEST_ADDRESS or "cpu" in wchan
         return nr.NR_clock_nanosleep if is_clock else nr.NR_nanosleep
     return None
-
-
-def voluntary_switches(pid: int, tid: int) -> int:
-    """Return how often a thread has gone to sleep; -1 where the kernel does not tell."""
-    with open(f"/proc/{pid}/task/{tid}/status", "rb", buffering=0) as file:
-        match = _VOLUNTARY_SWITCHES.search(file.read(8192))
-    return int(match.group(1)) if match else -1
 
 
 def _exec_start_ns(path: str) -> int | None:

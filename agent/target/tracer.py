@@ -23,6 +23,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Final, final
 
@@ -164,22 +165,21 @@ class Tracer:
 
         :raises TargetGone: the process died or called exec. :raises FreezeError: a thread cannot be traced or stopped.
         """
-        # Sampled before the first thread stops: this part costs no downtime.
+        # Sampled and seized before the first thread stops: this part costs no downtime.
         samples, delicate = sleepers.sample_sleepers(self.pid)
+        tids = self._seize_listed()
+        self._check_program()  # a seized thread tells by itself when it calls exec
         self.stopped_ns = time.monotonic_ns()
         while True:
+            # The delicate ones, which most likely serve somebody, last: the others stop while they are looked after.
             interrupted = []
-            for tid in self._list_tids():
-                thread = self.threads.get(tid)
-                if thread is not None and thread.stopped:
+            for tid in sorted(tids, key=delicate.__contains__):
+                thread = self.threads[tid]
+                if thread.stopped:
                     continue
+                thread.sample = samples.get(tid)
                 try:
-                    thread = self.seize(tid)
-                    thread.sample = samples.get(tid)
                     ptrace.interrupt(tid)
-                except TargetGone:
-                    # Died since it was listed. The end of the whole process shows in the next listing.
-                    continue
                 except ProcessLookupError:
                     self._bury(tid)
                     continue
@@ -192,10 +192,22 @@ class Tracer:
             for thread in interrupted:
                 if not thread.stopped:
                     self._await_interrupted(thread)
+            nr_seized = len(self.threads)
+            tids = self._seize_listed()
+            if len(self.threads) > nr_seized:
+                self._check_program()
         if not self.threads:
             raise TargetGone(f"Process {self.pid} is gone")
-        self._check_program()
         return sorted(self.threads.values(), key=lambda t: (t.tid != self.pid, t.tid))
+
+    def _seize_listed(self) -> list[int]:
+        """Seize all threads that there are now; return their ids."""
+        seized = []
+        for tid in self._list_tids():
+            # One that died since it was listed. The end of the whole process shows in the next listing.
+            with suppress(TargetGone):
+                seized.append(self.seize(tid).tid)
+        return seized
 
     def _await_interrupted(self, thread: TracedThread) -> None:
         try:

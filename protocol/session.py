@@ -132,7 +132,8 @@ TRANSITIONS: dict[tuple[SessionState, SessionInput], SessionState] = {
     (_S.ROUND, _I.PAGES): _S.ROUND,
     (_S.ROUND, _I.ROUND_END): _S.PLACING,
     (_S.PLACING, _I.ROUND_PLACED): _S.ACTIVE,
-    # Frozen: the last round and the last word on every section.
+    # The freeze: one more round right before it, if the source likes, then the last one and the last word on every
+    # section.
     (_S.ACTIVE, _I.SWITCHOVER): _S.SWITCHOVER,
     (_S.SWITCHOVER, _I.SECTION): _S.SWITCHOVER,
     (_S.SWITCHOVER, _I.ROUND_BEGIN): _S.FINAL_ROUND,

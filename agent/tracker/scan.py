@@ -74,6 +74,8 @@ from agent.tracker.book import BookedTracker
 from agent.tracker.regions import all_regions, select, windows
 from agent.types import PAGE_SIZE
 
+AHEAD_BYTES = 512 << 20
+"""How much memory makes it worth to have another thread begin the final look."""
 _POPULATED = PAGE_IS_PRESENT | PAGE_IS_SWAPPED
 
 
@@ -98,8 +100,10 @@ class ScanTracker(BookedTracker):
         return "scan"
 
     def look_ahead(self, executor: Executor) -> None:
-        # Step 2, half a millisecond per GiB, which is the same whatever is done meanwhile.
-        self._ahead = executor.submit(self._look)
+        # Step 2, half a millisecond per GiB, which is the same whatever is done meanwhile. Little is sooner done than
+        # another thread gets the interpreter.
+        if self._sent.nr_bytes > AHEAD_BYTES:
+            self._ahead = executor.submit(self._look)
 
     def _look(self) -> _Look:
         text = self._read_maps()

@@ -10,6 +10,8 @@ import os
 from array import array
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
+
 from agent.kernel.pagemap import (
     PAGE_IS_FILE,
     PAGE_IS_GUARD,
@@ -21,6 +23,7 @@ from agent.pages.sender import OnRead, PageSender
 from agent.procfs.maps import MapsEntry
 from agent.procfs.smaps import read_vm_flags
 from agent.state.shmem import content_to_send
+from agent.tracker import scan
 from agent.tracker.base import DirtySet, Foresighted, SharedKey, Tracker, Witness
 from agent.tracker.layout import Layout, classify
 from protocol.codec import Buffer
@@ -73,7 +76,9 @@ class Replica:
     def round(self, *, final: bool) -> DirtySet:
         """Have the tracker look, and take what it found, as agent.rounds does."""
         if final and isinstance(self.tracker, Foresighted):
-            self.tracker.look_ahead(self.executor)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(scan, "AHEAD_BYTES", -1)  # little memory, too
+                self.tracker.look_ahead(self.executor)
         dirty = self.tracker.collect(final=final)
         self.take_round(dirty, final=final)
         return dirty

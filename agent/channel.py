@@ -93,6 +93,10 @@ class Channel:
     def _read_into(self, view: memoryview) -> int:
         return os.readv(self._read_fd, [view])
 
+    def _read_ready(self, view: memoryview) -> int | None:
+        """Read what is there, if that is cheaper than to ask first; None: nothing is, or it is not."""
+        return None
+
     def _pending(self) -> bool:
         """Whether received bytes are held above the fd, where poll(2) cannot see them."""
         return False
@@ -194,9 +198,12 @@ class Channel:
 
     def _recv_some(self, view: memoryview, limit_s: float | None) -> int:
         while True:
-            if limit_s is not None and not self.poll_readable(limit_s):
-                raise PeerSilent(f"{self.peer} sent nothing for {limit_s:g} s in {self.phase}")
             try:
+                count = self._read_ready(view)
+                if count is not None:
+                    return count
+                if limit_s is not None and not self.poll_readable(limit_s):
+                    raise PeerSilent(f"{self.peer} sent nothing for {limit_s:g} s in {self.phase}")
                 return self._read_into(view)
             except BlockingIOError:
                 self._poll.poll(None if limit_s is None else limit_s * 1000)
@@ -302,6 +309,12 @@ class SocketChannel(Channel):
 
     def _read_into(self, view: memoryview) -> int:
         return self.socket.recv_into(view)
+
+    def _read_ready(self, view: memoryview) -> int | None:
+        try:
+            return self.socket.recv_into(view, 0, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return None
 
     def progress(self) -> LinkProgress | None:
         """For TCP (and TLS over it), what the kernel knows."""

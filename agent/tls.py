@@ -61,6 +61,9 @@ class TlsChannel(SocketChannel):
         except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
             return 0
 
+    def _read_ready(self, view: memoryview) -> int | None:
+        return None  # one read decrypts a whole record, and may have to wait for it
+
     def _pending(self) -> bool:
         return self._tls.pending() > 0
 

@@ -86,6 +86,8 @@ CLOSING_ROUNDS = 4
 """How many short rounds there may be right before the freeze."""
 FEW_PAGES = 64
 """So many dirty pages cost a freeze next to nothing."""
+SOME_PAGES = 1024
+"""So many are on their way no longer than it takes to stop all threads."""
 CHILDREN_WAIT_S = 10.0
 """How long a target that has just forked a helper (BGSAVE...) may keep it before the migration gives up."""
 
@@ -416,7 +418,7 @@ class _Migration:
         """Send, where the target writes a lot, what it has written while this was prepared."""
         decision = self._decision
         may_go_on = len(self.reports) < self.options.max_rounds
-        if decision is not None and may_go_on and self.reports[-1].pages_dirty > FEW_PAGES:
+        if decision is not None and may_go_on and FEW_PAGES < self.reports[-1].pages_dirty <= SOME_PAGES:
             report = rounds.send_round(len(self.reports), rounds.collect(final=False), is_awaited=False)
             self._note_round(report, replace(decision, reason="with everything ready for the freeze"))
 

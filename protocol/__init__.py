@@ -29,6 +29,8 @@ Sequence
       |   ... one more round, right before the freeze ...|
       |                                                  |
       |-- Switchover ----------------------------------->|               SWITCHOVER
+      |   ... if the target writes a lot one more round, |
+      |       for whose RoundPlaced nobody waits ...     |               FINAL_ROUND, SWITCHOVER
       |   all threads stopped                            |
       |-- StateSection * (the final ones) -------------->|
       |-- StateSection "files" or "files_change" ------->|               restore of all but memory

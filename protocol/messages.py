@@ -227,7 +227,7 @@ class RoundPlaced:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Switchover:
-    """The source freezes its target; the final sections and round follow: source -> destination."""
+    """The source is about to freeze its target; the final sections and round follow: source -> destination."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -76,6 +76,18 @@ def test_a_process_that_wants_no_huge_pages_gets_none(
     workload.assert_healthy(destination)
 
 
+def test_what_a_writer_has_written_while_the_freeze_was_prepared_goes_ahead_of_it(
+    source: Host, destination: Host, tmp_path: Path
+) -> None:
+    workload = start(source, tmp_path, "--writes", "40")
+    crossing = migrate(workload, destination, tmp_path, send=["--verify"])
+    reasons = [row["decision"] for row in crossing.completed["rounds"]]
+    # The final one has no decision to make.
+    assert "everything ready" in reasons[-2], reasons
+    assert crossing.completed["verified"]
+    workload.assert_healthy(destination)
+
+
 @pytest.mark.parametrize(
     ("options", "least", "most"), [((), 0.4, 0.75), (("--random-all",), 0.99, 1.3)], ids=["half", "random"]
 )

@@ -1,14 +1,16 @@
 """A block of anonymous memory of which all pages are there: half of each page (or all of it) is random.
 
-Usage: python -m tests.workloads.memory STATUS_FILE --megabytes N [--random-all] [--no-huge-pages]
+Usage: python -m tests.workloads.memory STATUS_FILE --megabytes N [--random-all] [--no-huge-pages] [--writes N]
 
-Each note says whether the memory is what it was; an "error" is a difference.
+Each note says whether the memory is what it was; an "error" is a difference. With --writes so many pages are stored to
+every millisecond, one after another, each of which must hold what was stored to it the last time.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import itertools
 import mmap
 import random
 import time
@@ -26,6 +28,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, required=True)
     parser.add_argument("--random-all", action="store_true")
     parser.add_argument("--no-huge-pages", action="store_true")
+    parser.add_argument("--writes", type=int, default=0)
     options = parser.parse_args()
     if options.no_huge_pages:
         assert ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0) == 0
@@ -38,11 +41,27 @@ def main() -> None:
         block[start : start + MEGABYTE] = part
     expected = zlib.crc32(block)
     status = Status(options.status)
+    if options.writes:
+        store(block, options.writes, status)
     while True:
         if zlib.crc32(block) != expected:
             status.error("the memory has changed by itself")
         status.note()
         time.sleep(0.05)
+
+
+def store(block: mmap.mmap, nr_pages: int, status: Status) -> None:
+    pages = memoryview(block).cast("Q")
+    at, step, stored = 0, 4096 // 8, dict(enumerate(pages[:: 4096 // 8].tolist()))
+    for value in itertools.count():
+        for _ in range(nr_pages):
+            if pages[at * step] != stored[at]:
+                status.error(f"page {at} holds {pages[at * step]:#x} instead of {stored[at]:#x}")
+            pages[at * step] = stored[at] = value
+            at = (at + 1) % len(stored)
+        if value % 50 == 0:
+            status.note()
+        time.sleep(0.001)
 
 
 if __name__ == "__main__":

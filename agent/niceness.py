@@ -7,8 +7,8 @@ sixtieth of what others get and the migration would not end: who waits for a CPU
 step back towards ordinary.
 
 Nice values of threads count among those of one session only; between sessions it is that of the session's group
-(agent.procfs.autogroup). Hence both are set. The group's only if all of it can do without, however an agent
-that is killed leaves it: not with a terminal, where more commands will follow, nor with the target in it.
+(agent.procfs.autogroup). Hence both are set. The group's only if nobody else is in it, since an agent that is killed
+leaves it as it is: not in a session with a terminal, where more commands will follow, nor in that of a script.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Final
 
 from agent.procfs.autogroup import read_autogroup, write_own_nice
-from agent.procfs.process import list_tids
+from agent.procfs.process import list_pids, list_tids
 from agent.procfs.sched import RunTimes, read_run_times
 from agent.procfs.stat import read_stat
 from agent.procfs.status import read_status
@@ -46,17 +46,13 @@ class Niceness:
     are. (No thread looks: one that has others may not enter a time namespace, which agent-recv does.)
     """
 
-    def __init__(
-        self, target_pid: int | None = None, run_times: Callable[[int, int], RunTimes | None] = read_run_times
-    ) -> None:
+    def __init__(self, run_times: Callable[[int, int], RunTimes | None] = read_run_times) -> None:
         own = os.getpid()
         self._run_times = partial(run_times, own, threading.get_native_id())
         group = None
         with suppress(OSError):
-            group = read_autogroup(own)
-            apart = target_pid is None or group is None or read_autogroup(target_pid) != group
-            if read_stat(own).tty_nr or not apart:
-                group = None
+            if not read_stat(own).tty_nr and _is_alone_in_session(own):
+                group = read_autogroup(own)
         self._group_nice = None if group is None else group.nice
         may = read_status(own).cap_eff >> _CAP_SYS_NICE & 1
         self._nice = os.getpriority(os.PRIO_PROCESS, 0) if may else None
@@ -137,3 +133,14 @@ class Niceness:
                 time.sleep(_GROUP_S / 50)
             except OSError as err:
                 return _LOG.debug("The nice value of the session stays: %s", err)
+
+
+def _is_alone_in_session(pid: int) -> bool:
+    session = os.getsid(pid)
+    if not session:
+        return False  # of another pid namespace: nobody can tell
+    for other in list_pids():
+        with suppress(OSError):  # it has ended
+            if other != pid and os.getsid(other) == session:
+                return False
+    return True

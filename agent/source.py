@@ -160,7 +160,7 @@ class _Migration:
         self.limiter: BandwidthLimit | None = None
         self.link: Link | None = None
         self._made_ahead = contextlib.ExitStack()
-        self._niceness = Niceness(target.pid)
+        self._niceness = Niceness()
         self.pre_dump: PreDump | None = None
         self._decision: Decision | None = None
         """That rounds are enough; None if there were none."""

@@ -49,11 +49,11 @@ def values() -> Values:
     return group.nice, own, others[0]
 
 
-def through_it(target_pid: int | None, fails: bool = False) -> list[Values]:
+def through_it(fails: bool = False) -> list[Values]:
     """Values before, while and after this process is considerate."""
     found = [values()]
     try:
-        with Niceness(target_pid):
+        with Niceness():
             found.append(values())
             if fails:
                 raise KeyError
@@ -65,20 +65,15 @@ def through_it(target_pid: int | None, fails: bool = False) -> list[Values]:
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_group_and_threads_step_back_and_come_back(puppet: Puppet, fails: bool) -> None:
-    assert puppet.run(through_it, None, fails) == [(0, 0, 0), (19, 19, 19), (0, 0, 0)]
+    assert puppet.run(through_it, fails) == [(0, 0, 0), (19, 19, 19), (0, 0, 0)]
 
 
-def test_a_target_elsewhere_is_not_met(puppet: Puppet) -> None:
-    assert puppet.run(through_it, os.getpid())[1] == (19, 19, 19)
-    assert puppet.run(through_it, 2**22 + 1)[1] == (19, 19, 19)  # gone
-
-
-def test_the_targets_own_group_is_left_alone(puppet: Puppet) -> None:
+def test_a_session_with_somebody_else_in_it_is_left_alone(puppet: Puppet) -> None:
+    # A script, say, that would go on with it if the agent were killed.
     pid = puppet.run(child_that_waits)
-    try:
-        assert puppet.run(through_it, pid) == [(0, 0, 0), (0, 19, 19), (0, 0, 0)]
-    finally:
-        os.kill(pid, signal.SIGKILL)
+    assert puppet.run(through_it) == [(0, 0, 0), (0, 19, 19), (0, 0, 0)]
+    puppet.run(end, pid)
+    assert puppet.run(through_it) == [(0, 0, 0), (19, 19, 19), (0, 0, 0)]
 
 
 def child_that_waits() -> int:
@@ -88,6 +83,11 @@ def child_that_waits() -> int:
     return pid
 
 
+def end(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
 def test_a_session_with_a_terminal_is_left_alone(puppet: Puppet) -> None:
     assert puppet.run(with_a_terminal) == [(0, 0, 0), (0, 19, 19), (0, 0, 0)]
 
@@ -95,7 +95,7 @@ def test_a_session_with_a_terminal_is_left_alone(puppet: Puppet) -> None:
 def with_a_terminal() -> list[Values]:
     _master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
-    return through_it(None)
+    return through_it()
 
 
 def test_without_the_right_to_come_back_threads_do_not_step_back(puppet: Puppet) -> None:
@@ -105,7 +105,7 @@ def test_without_the_right_to_come_back_threads_do_not_step_back(puppet: Puppet)
 def unprivileged() -> list[Values]:
     os.setuid(NOBODY)
     prctl(PR_SET_DUMPABLE, 1)  # as after exec: /proc/self is its own
-    return through_it(None)
+    return through_it()
 
 
 def test_never_above_what_it_was_given(puppet: Puppet) -> None:

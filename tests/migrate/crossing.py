@@ -166,10 +166,10 @@ def agent_send(
 
 
 def start_agent_send(
-    host: Host, directory: Path, *arguments: Union[str, int]
+    host: Host, directory: Path, *arguments: Union[str, int], launcher: Sequence[str] = ()
 ) -> tuple[InsideProcess, list[str]]:
     state = state_directory(host, directory)
-    argv = [*AGENT_SEND, "--json", f"--state-dir={state}", *map(str, arguments)]
+    argv = [*launcher, *AGENT_SEND, "--json", f"--state-dir={state}", *map(str, arguments)]
     return host.popen(argv), argv
 
 
@@ -194,11 +194,18 @@ def wait_for_event(process: InsideProcess, **fields: str) -> None:
 class Receiver:
     """A listening agent-recv on a host; ends with the host."""
 
-    def __init__(self, host: Host, directory: Path, *arguments: str, address: str = "") -> None:
+    def __init__(
+        self,
+        host: Host,
+        directory: Path,
+        *arguments: str,
+        address: str = "",
+        launcher: Sequence[str] = (),
+    ) -> None:
         self.host = host
         self.address = address or f"unix:{directory}/ferry{next(_sockets)}.sock"
         state = state_directory(host, directory)
-        self.argv = [*AGENT_RECV, "--json", "--once", f"--state-dir={state}", *arguments, self.address]
+        self.argv = [*launcher, *AGENT_RECV, "--json", "--once", f"--state-dir={state}", *arguments, self.address]
         self.process = host.popen(self.argv)
         if not self.address.startswith("file:"):
             try:

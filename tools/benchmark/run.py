@@ -45,6 +45,8 @@ BYTES_PER_KEY = 1124
 """What one key of VALUE_BYTES costs Redis, all in all."""
 START_S = 300.0
 """For filling memory: a virtual machine hands out 0.25 GB/s of fresh memory."""
+LAUNCHER = ("setsid",)
+"""Each agent in a session of its own, as ssh or a service manager starts it: see agent.niceness."""
 SETTLE_NS = 200_000_000
 """After the release: what comes later counts as afterwards."""
 AROUND_NS = 60_000_000
@@ -201,11 +203,11 @@ def move(watched: Watched, source: Host, destination: Host, directory: Path, opt
     """
     address = f"tcp://{destination.addresses[0]}:{FERRY_PORT}"
     with PeakMemory() as memory:
-        receiver = Receiver(destination, directory, address=address)
+        receiver = Receiver(destination, directory, address=address, launcher=LAUNCHER)
         memory.pids["recv"] = receiver.process.outer
         began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
         process, _argv = start_agent_send(
-            source, directory, *watched.options, *options, watched.workload.pid, address
+            source, directory, *watched.options, *options, watched.workload.pid, address, launcher=LAUNCHER
         )
         memory.pids["send"] = process.outer
         stdout, stderr = process.communicate(START_S)

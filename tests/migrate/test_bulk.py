@@ -79,13 +79,20 @@ def test_a_process_that_wants_no_huge_pages_gets_none(
 def test_what_a_writer_has_written_while_the_freeze_was_prepared_goes_ahead_of_it(
     source: Host, destination: Host, tmp_path: Path
 ) -> None:
-    workload = start(source, tmp_path, "--writes", "40")
-    crossing = migrate(workload, destination, tmp_path, send=["--verify"])
-    reasons = [row["decision"] for row in crossing.completed["rounds"]]
-    # The final one has no decision to make.
-    assert "everything ready" in reasons[-2], reasons
-    assert crossing.completed["verified"]
-    workload.assert_healthy(destination)
+    reasons: list[str] = []
+    # On a busy machine the round before may have been too short for it, or too long.
+    for attempt in range(6):
+        directory = tmp_path / str(attempt)
+        directory.mkdir()
+        workload = start(source, directory, "--writes", "40")
+        crossing = migrate(workload, destination, directory, send=["--verify"])
+        assert crossing.completed["verified"]
+        workload.assert_healthy(destination)
+        # The final round has no decision to make.
+        reasons.append(crossing.completed["rounds"][-2]["decision"])
+        if "everything ready" in reasons[-1]:
+            return
+    pytest.fail(f"there never was such a round: {reasons}")
 
 
 @pytest.mark.parametrize(

@@ -138,11 +138,16 @@ def _clock_offsets_ns(cpus: Iterable[int]) -> dict[int, int]:
 
 
 def disturbance(pid: int, tid: int) -> int | None:
-    """Return how much a stop would disturb a thread: 0 not at all .. 4; None for one that cannot be stopped."""
+    """Return how much a stop would disturb a thread: 0 not at all .. 4; None for one that has ended.
+
+    5: asleep in the kernel so that it stops only when it wakes, which may be at once (a disk) or not (vfork).
+    """
     try:
         state = read_task_stat(pid, tid).state
-        if state in "ZXD":
+        if state in "ZX":
             return None
+        if state == "D":
+            return 5
         call = read_syscall(pid, tid)
     except OSError:
         return None

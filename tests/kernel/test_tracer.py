@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -369,6 +370,22 @@ def test_injection_thread_is_found_among_threads_that_come_and_go() -> None:
         assert len(picked) > 50, "the threads did not come and go"
         assert child.poll() is None
         wait_for(lambda: len(tids_of(child.pid)) < 100, "threads that ended to go")
+
+
+def test_injection_thread_is_waited_for_while_the_only_one_cannot_stop(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    # The parent sleeps (vfork, state D) until the child has opened the FIFO and called exec.
+    actions = f"[(os.POSIX_SPAWN_OPEN, 5, {str(fifo)!r}, 0, 0)]"
+    program = f"import os; os.posix_spawn('/bin/true', ['true'], {{}}, file_actions={actions}); input()"
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE) as child:
+        wait_for(lambda: state_of(child.pid) == "D", "the parent to wait")
+        opening = threading.Timer(0.2, lambda: os.close(os.open(fifo, os.O_WRONLY)))
+        opening.start()
+        with Tracer(child.pid) as tracer:
+            assert tracer.stop_one().stopped
+        opening.join()
+        child.kill()
 
 
 def test_skeleton_may_still_be_within_its_exec_when_it_is_seized() -> None:

@@ -8,6 +8,7 @@ the greatest is the best. Nanoseconds throughout. Sources: time_namespaces(7), c
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -17,6 +18,7 @@ from agent.errors import RestoreError
 from agent.kernel import syscalls as nr
 from agent.kernel.clone import CLONE_NEWTIME
 from agent.kernel.namespaces import setns, unshare
+from agent.procfs.files import ReadAgain
 from agent.procfs.process import read_timens_offsets
 
 if TYPE_CHECKING:
@@ -61,6 +63,33 @@ def clock_shift(pid: int) -> Clocks:
     except FileNotFoundError:
         return Clocks(0, 0)  # kernel without time namespaces
     return Clocks(*(theirs.get(name, 0) - ours.get(name, 0) for name in ("monotonic", "boottime")))
+
+
+class OwnClock:
+    """What its CLOCK_MONOTONIC shows a process. Made and asked ahead, it answers fast when time matters. close() it."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._path = f"/proc/{pid}/timens_offsets"
+        self._files = ReadAgain([self._path], limit=1)
+        self._offsets = b""
+        self._shift_ns = 0
+
+    def now_ns(self) -> int:
+        """Return what it shows now, in ns.
+
+        :raises ProcessLookupError: the process is gone.
+        """
+        with contextlib.suppress(FileNotFoundError):  # kernel without time namespaces
+            offsets = self._files.read_bytes(self._path)
+            # Those of the agent do not change.
+            if offsets != self._offsets:
+                self._offsets, self._shift_ns = offsets, clock_shift(self._pid).monotonic_ns
+        return time.clock_gettime_ns(time.CLOCK_MONOTONIC) + self._shift_ns
+
+    def close(self) -> None:
+        """Close what is open for it; closing twice is harmless."""
+        self._files.close()
 
 
 def ahead_at_restore(state: ProcessState, earlier: Clocks, *, recorded: bool) -> Clocks:

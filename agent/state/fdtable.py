@@ -59,11 +59,6 @@ class Facts:
     """Whether somebody else makes sure that ``info`` still holds, as long as the link is the same."""
 
     @property
-    def told_by_link(self) -> bool:
-        """Whether the same text of fdinfo, and the same link, mean the same file."""
-        return not self.told_by_raw and (self.info is None or self.told_by_path)
-
-    @property
     def cloexec(self) -> bool:
         """Whether the number is closed by exec."""
         return self.fdinfo.cloexec
@@ -78,11 +73,12 @@ class Expectation:
     """The agent's descriptors of fdinfo, -1 if they are not held open, for all of ``table`` in its order."""
     texts: list[bytes]
     linked: list[int]
-    """Those of which fdinfo and link together tell all."""
+    """Those of which fdinfo does not tell all, but the link must be looked at."""
     names: list[str]
     links: list[str]
-    others: list[int]
-    """Those that take a closer look in any case."""
+    placed: list[int]
+    """Those of which the inode has to be looked at, too."""
+    infos: list[os.stat_result]
 
 
 class TableReader:
@@ -130,7 +126,8 @@ class TableReader:
 
     def expect(self, table: Mapping[int, Facts]) -> Expectation:
         """Lay out what changes() has to compare: what an earlier look has found, of which ``told_by_path`` is final."""
-        linked = [fd for fd, facts in table.items() if facts.told_by_link]
+        linked = [fd for fd, facts in table.items() if not facts.told_by_raw]
+        infos = {fd: info for fd in linked if (info := table[fd].info) is not None and not table[fd].told_by_path}
         return Expectation(
             table=table,
             files=[self._kept.get(fd, -1) for fd in table],
@@ -138,18 +135,21 @@ class TableReader:
             linked=linked,
             names=[str(fd) for fd in linked],
             links=[table[fd].link for fd in linked],
-            others=[fd for fd, facts in table.items() if not (facts.told_by_raw or facts.told_by_link)],
+            placed=list(infos),
+            infos=list(infos.values()),
         )
 
     def changes(self, expected: Expectation) -> dict[int, Facts | None]:
         """Return the numbers that are not as expected; None of one that is closed."""
-        # In the freeze: one call for each number, two where the link has to tell, and a closer look at what differs.
+        # In the freeze: one call for each number, two or three where it takes more to tell, and a closer look at what
+        # differs.
         files, linked, table = expected.files, expected.linked, expected.table
         texts = try_each(os.pread, files, repeat(SHORT_FDINFO_BYTES), repeat(0))
         links = try_each(partial(os.readlink, dir_fd=self._links), expected.names)
-        doubtful = set(expected.others)
-        doubtful.update(compress(table, map(ne, texts, expected.texts)))
+        infos = try_each(self.stat, expected.placed)
+        doubtful = set(compress(table, map(ne, texts, expected.texts)))
         doubtful.update(compress(linked, map(ne, links, expected.links)))
+        doubtful.update(compress(expected.placed, map(_is_another, infos, expected.infos)))
         seen = {fd: self._see_if_open(fd, table[fd]) for fd in doubtful}
         changes = {fd: facts for fd, facts in seen.items() if facts is not table[fd]}
         # Since Linux kernel commit f1f1f2569901 ("proc: report open files as size in stat() for /proc/pid/fd") (in
@@ -167,7 +167,7 @@ class TableReader:
 
     def _is_at(self, fd: int, old: Facts) -> bool:
         return os.readlink(str(fd), dir_fd=self._links) == old.link and (
-            old.info is None or old.told_by_path or _same_file(self.stat(fd), old.info)
+            old.info is None or old.told_by_path or not _is_another(self.stat(fd), old.info)
         )
 
     def _see(self, fd: int) -> Facts:
@@ -213,8 +213,8 @@ def _is_told(link: str, text: FdInfo) -> bool:
     return any(LINK_OF_LINE.get(name) == link for name, _text in text.lines)
 
 
-def _same_file(now: os.stat_result, before: os.stat_result) -> bool:
-    return (now.st_dev, now.st_ino, now.st_mode, now.st_rdev) == (
+def _is_another(now: os.stat_result | None, before: os.stat_result) -> bool:
+    return now is None or (now.st_dev, now.st_ino, now.st_mode, now.st_rdev) != (
         before.st_dev,
         before.st_ino,
         before.st_mode,
@@ -248,6 +248,14 @@ def group(ctx: DumpContext, table: Mapping[int, Facts]) -> list[list[int]]:
             shared.extend(_split_by_identity(ctx, fds))
     shared.sort()
     return shared
+
+
+def is_shared(ctx: DumpContext, fds: Sequence[int]) -> bool:
+    """Tell whether all of some numbers are of one description."""
+    try:
+        return all(kcmp_file(ctx.pid, ctx.pid, fds[0], fd) == 0 for fd in fds[1:])
+    except OSError:
+        return False  # one is closed
 
 
 def describe(number: int, fds: list[int], table: Mapping[int, Facts]) -> Description:

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 from collections.abc import Iterable
 from operator import attrgetter
 from typing import Any
 
 from agent.errors import RefusedError
 from agent.state import filelock
-from agent.state.clocks import clock_shift
+from agent.state.clocks import OwnClock
 from agent.state.context import DumpContext
 from agent.state.fdtable import TableReader, describe, group
 from agent.state.openfile import (
@@ -99,7 +98,8 @@ def _look(ctx: DumpContext, *, content: bool) -> tuple[DumpJob, FilesState]:
         descriptions = [
             describe(number, fds, table) for number, fds in enumerate(group(ctx, table), 1)
         ]
-        clock_ns = own_clock_ns(ctx)
+        with contextlib.closing(OwnClock(ctx.pid)) as clock:
+            clock_ns = clock.now_ns()
         job = DumpJob(ctx, descriptions, content)
         files = dump_all(job, descriptions)
         if job.obstacles and not content:
@@ -118,14 +118,6 @@ def _look(ctx: DumpContext, *, content: bool) -> tuple[DumpJob, FilesState]:
     ]
     entries.sort(key=attrgetter("fd"))
     return job, FilesState(fds=tuple(entries), files=files, clock_monotonic_ns=clock_ns)
-
-
-def own_clock_ns(ctx: DumpContext) -> int:
-    """Return what the process's own CLOCK_MONOTONIC shows, in ns. To be read when the table has been.
-
-    A timer that is read earlier than the clock ends late by so much, and not early.
-    """
-    return time.clock_gettime_ns(time.CLOCK_MONOTONIC) + clock_shift(ctx.pid).monotonic_ns
 
 
 def dump_all(job: DumpJob, descriptions: Iterable[Description]) -> tuple[OpenFile, ...]:

@@ -19,6 +19,7 @@ import socket
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from agent.errors import RestoreError
 from agent.kernel.libc import libc
@@ -39,7 +40,10 @@ from agent.state.openfile import (
 from agent.state.sockets import opened, socket_identity
 from agent.state.sockopts import (
     SO_PEEK_OFF,
+    SOL_TCP,
+    Values,
     apply_options,
+    columns_of,
     dump_options,
     has_filter,
     pack_linger,
@@ -58,6 +62,8 @@ TCP_STATES = (
     "?", "ESTABLISHED", "SYN_SENT", "SYN_RECV", "FIN_WAIT1", "FIN_WAIT2", "TIME_WAIT", "CLOSE",
     "CLOSE_WAIT", "LAST_ACK", "LISTEN", "CLOSING",
 )  # fmt: skip
+_TCP_INFO = struct.Struct("=B23xII")
+"""include/uapi/linux/tcp.h, the beginning of struct tcp_info: tcpi_state, tcpi_unacked, tcpi_sacked."""
 TCP_ULP = 31
 POLLRDHUP = 0x2000
 
@@ -95,7 +101,7 @@ def dump_inet(job: DumpJob, desc: Description) -> InetSocket | None:
         )
 
 
-def _peek_datagrams(sock: socket.socket) -> Iterator[InetMessage]:
+def _peek_datagrams(sock: socket.SocketType) -> Iterator[InetMessage]:
     # Only what came from this host: the process may have sent it to itself and relies on it.
     poller = select.poll()
     poller.register(sock.fileno(), select.POLLIN)
@@ -121,13 +127,13 @@ def _peek_datagrams(sock: socket.socket) -> Iterator[InetMessage]:
 def _dump_tcp(
     job: DumpJob,
     desc: Description,
-    sock: socket.socket,
+    sock: socket.SocketType,
     local: InetAddress | None,
     remote: InetAddress | None,
 ) -> InetSocket | None:
-    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 32)
-    state = info[0]
-    if state not in (TCP_LISTEN, TCP_CLOSE) or (state == TCP_CLOSE and _was_connected(sock)):
+    facts = _look(sock)
+    state = facts.state
+    if facts.is_connected:
         if state != TCP_CLOSE and not job.ctx.options.tcp_close:
             name = TCP_STATES[state] if state < len(TCP_STATES) else str(state)
             job.refuse(
@@ -142,42 +148,68 @@ def _dump_tcp(
         )  # fmt: skip
     if not _check_filter(job, desc, sock):
         return None
-    backlog = 0
-    if state == TCP_LISTEN:
-        # In this state tcpi_unacked is the length of the accept queue, tcpi_sacked its limit.
-        waiting, backlog = struct.unpack_from("=II", info, 24)
-        if waiting and not job.ctx.options.tcp_close:
-            job.refuse(
-                desc, "tcp connection", f"{waiting} connections to {_show(local)} wait for accept(2)",
-                "try again, or let them be reset with --tcp-close",
-            )  # fmt: skip
-            return None
+    if state == TCP_LISTEN and facts.waiting and not job.ctx.options.tcp_close:
+        job.refuse(
+            desc, "tcp connection", f"{facts.waiting} connections to {_show(local)} wait for accept(2)",
+            "try again, or let them be reset with --tcp-close",
+        )  # fmt: skip
+        return None
+    job.memo[_facts_of(desc)] = facts
     return InetSocket(
         family=sock.family,
         type=sock.type,
         protocol=sock.proto,
         state=InetState.LISTENING if state == TCP_LISTEN else InetState.OPEN,
-        options=dump_options(sock),
+        options=columns_of(sock.family, sock.type, sock.proto).options(facts.answers),
         local=local,
-        backlog=backlog,
+        backlog=facts.backlog if state == TCP_LISTEN else 0,
     )
 
 
-def _check_filter(job: DumpJob, desc: Description, sock: socket.socket) -> bool:
+class _TcpFacts(NamedTuple):
+    """Of a TCP socket that is not connected, and has no filter: all that its description is made of."""
+
+    state: int
+    waiting: int
+    """In state LISTEN: the length of the accept queue."""
+    backlog: int
+    """In state LISTEN: its limit."""
+    is_connected: bool
+    """Whether it is, or was."""
+    name: Sockaddr
+    interface: str
+    """That of the name."""
+    answers: Values
+
+
+def _look(sock: socket.SocketType) -> _TcpFacts:
+    # In state LISTEN tcpi_unacked and tcpi_sacked mean something else.
+    state, waiting, backlog = _TCP_INFO.unpack(sock.getsockopt(SOL_TCP, socket.TCP_INFO, _TCP_INFO.size))
+    is_connected = state != TCP_LISTEN and (state != TCP_CLOSE or _was_connected(sock))
+    name = sock.getsockname()
+    answers = [] if is_connected else columns_of(sock.family, sock.type, sock.proto).ask(sock)
+    return _TcpFacts(state, waiting, backlog, is_connected, name, _interface(name), answers)
+
+
+def _facts_of(desc: Description) -> str:
+    return f"tcp {desc.id}"
+
+
+def _check_filter(job: DumpJob, desc: Description, sock: socket.SocketType) -> bool:
     if has_filter(sock):
         job.refuse(desc, "socket filter", "a packet filter is attached", "it is not carried yet")
         return False
     return True
 
 
-def _was_connected(sock: socket.socket) -> bool:
+def _was_connected(sock: socket.SocketType) -> bool:
     # A socket that never connected polls as hung up, but not as closed by its peer.
     poller = select.poll()
     poller.register(sock.fileno(), POLLRDHUP)
     return any(events & POLLRDHUP for _, events in poller.poll(0))
 
 
-def _shutdown_bits(sock: socket.socket) -> int:
+def _shutdown_bits(sock: socket.SocketType) -> int:
     # udp_poll(): RDHUP for the receiving side, HUP for both.
     poller = select.poll()
     poller.register(sock.fileno(), POLLRDHUP)
@@ -185,7 +217,7 @@ def _shutdown_bits(sock: socket.socket) -> int:
     return 3 if events & select.POLLHUP else 1 if events & POLLRDHUP else 0
 
 
-def _peer(sock: socket.socket) -> InetAddress | None:
+def _peer(sock: socket.SocketType) -> InetAddress | None:
     try:
         return _address(sock.getpeername())
     except OSError as err:
@@ -196,13 +228,15 @@ def _peer(sock: socket.socket) -> InetAddress | None:
 
 def _address(address: Sockaddr) -> InetAddress | None:
     host, _, _ = address[0].partition("%")
-    flowinfo = scope = 0
-    if len(address) == 4:
-        flowinfo, scope = address[2], address[3]
     if address[1] == 0 and ipaddress.ip_address(host).is_unspecified:
         return None
-    interface = socket.if_indextoname(scope) if scope else ""
-    return InetAddress(host=host, port=address[1], flowinfo=flowinfo, interface=interface)
+    flowinfo = address[2] if len(address) == 4 else 0
+    return InetAddress(host=host, port=address[1], flowinfo=flowinfo, interface=_interface(address))
+
+
+def _interface(address: Sockaddr) -> str:
+    scope = address[3] if len(address) == 4 else 0
+    return socket.if_indextoname(scope) if scope else ""
 
 
 def _sockaddr(family: int, address: InetAddress) -> Sockaddr:
@@ -226,18 +260,23 @@ def inet_unchanged(check: Recheck, found: Candidates[InetSocket]) -> Iterator[in
     for desc, body in found:
         if body.type != socket.SOCK_STREAM or body.state is InetState.CONNECTED:
             continue
-        if check.now is check.before or _is_as_before(check.now, desc, body):
+        if check.now is check.before or _is_as_before(check, desc, body):
             yield desc.id
 
 
-def _is_as_before(job: DumpJob, desc: Description, body: InetSocket) -> bool:
+def _is_as_before(check: Recheck, desc: Description, body: InetSocket) -> bool:
     # Where it is not, the dump that follows says why it cannot be carried.
+    job = check.now
     try:
         fd = job.fetch(desc)
         if read_owner(fd) is not None:
             return False
-        if body.state is InetState.RESET and job.ctx.options.tcp_close and _is_connected(fd, body):
-            return True
+        with opened(fd, body.family, body.type, body.protocol) as sock:
+            if body.state is InetState.RESET:
+                if job.ctx.options.tcp_close and _is_connected(sock):
+                    return True
+            elif _look(sock) == check.before.memo[_facts_of(desc)] and not has_filter(sock):
+                return True
         job.memo[f"socket {desc.fd}"] = socket_identity(fd)
         return dump_inet(job, desc) == body
     except OSError:
@@ -246,15 +285,14 @@ def _is_as_before(job: DumpJob, desc: Description, body: InetSocket) -> bool:
         job.ctx.drop_fetched()  # The agent has no room for copies of thousands.
 
 
-def _is_connected(fd: int, body: InetSocket) -> bool:
+def _is_connected(sock: socket.SocketType) -> bool:
     """Tell of a TCP socket that was to be found reset whether it still is; False where only a whole dump can tell.
 
     A server has thousands of them. IPV6_ADDRFORM makes one of IPv4 of one of IPv6.
     """
-    with opened(fd, body.family, body.type, body.protocol) as sock:
-        state = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
-        family = sock.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN)
-    return state not in (TCP_LISTEN, TCP_CLOSE) and family == body.family
+    state = sock.getsockopt(SOL_TCP, socket.TCP_INFO, 1)[0]
+    family = sock.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN)
+    return state not in (TCP_LISTEN, TCP_CLOSE) and family == sock.family
 
 
 def reset_connections(ctx: DumpContext) -> None:

@@ -8,6 +8,7 @@ agent.state.unixsk), and the files of /proc, of which it may have one mounted be
 
 from __future__ import annotations
 
+import functools
 import os
 
 from agent.procfs.process import read_ns
@@ -23,10 +24,16 @@ def reach(pid: int) -> str:
     can be told.
     """
     try:
-        same = read_ns(pid, "mnt") == read_ns(os.getpid(), "mnt")
+        same = read_ns(pid, "mnt") == _own_mnt(os.getpid())
     except FileNotFoundError:
         return ""
     return "" if same else f"/proc/{pid}/root"
+
+
+@functools.cache
+def _own_mnt(pid: int) -> str:
+    # Asked for in the freeze too; an agent stays where it is.
+    return read_ns(pid, "mnt")
 
 
 def below_root(path: str, root: str) -> str:

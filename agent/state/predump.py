@@ -21,9 +21,10 @@ from dataclasses import replace
 from operator import attrgetter
 from typing import Any
 
+from agent.state.clocks import OwnClock
 from agent.state.context import DumpContext
-from agent.state.fdtable import Facts, TableReader, describe, group
-from agent.state.files import dump_all, dump_one, has_direct_io, own_clock_ns, require_carried
+from agent.state.fdtable import Facts, TableReader, describe, group, is_shared
+from agent.state.files import dump_all, dump_one, has_direct_io, require_carried
 from agent.state.openfile import O_ASYNC, Description, DumpJob, Recheck
 from agent.state.registry import FILE_KINDS
 from agent.state.sockets import is_tcp
@@ -40,8 +41,10 @@ class PreDump:
         self._ctx = ctx
         self._files: dict[int, tuple[OpenFile, Any]] = {}
         self._reader = TableReader(ctx, keep=True)
+        self._clock = OwnClock(ctx.pid)
         ctx.forget_shared()
         try:
+            self._clock.now_ns()
             self._table = self._reader.look()
             found = [
                 describe(number, fds, self._table)
@@ -56,9 +59,13 @@ class PreDump:
         kept = [desc for desc in found if desc.id in self._files]
         self._by_fd = {fd: desc for desc in kept for fd in desc.fds}
         times = Counter(facts.key for facts in self._table.values())
-        self._alone = {desc.fd: desc for desc in kept if times[self._table[desc.fd].key] == 1}
-        """Those that no other number can share, unless one changes; by number."""
-        self._fd_of_key = {self._table[fd].key: fd for fd in self._alone}
+        self._apart = {
+            fd: desc for desc in kept if times[self._table[desc.fd].key] == len(desc.fds) for fd in desc.fds
+        }
+        """Those that no other numbers can share, unless one changes; by number."""
+        self._together = [desc.fds for desc in kept if len(desc.fds) > 1 and desc.fd in self._apart]
+        """Of those, the numbers of each that has several."""
+        self._of_key = {self._table[desc.fd].key: desc for desc in self._apart.values()}
         self._expected = self._reader.expect(self._table)
         self._entries = {
             fd: FdEntry(fd=fd, file_id=desc.id, cloexec=self._table[fd].cloexec)
@@ -73,6 +80,7 @@ class PreDump:
     def close(self) -> None:
         """Let go of what was kept for the second look. Safe to call twice."""
         self._reader.close()
+        self._clock.close()
 
     def _dump(self, found: Iterable[Description]) -> None:
         # Obstacles do not matter: the final look finds them if they are still there.
@@ -119,7 +127,7 @@ class PreDump:
         ctx = self._ctx
         ctx.forget_shared()
         changes = self._reader.changes(self._expected)
-        clock_ns = own_clock_ns(ctx)
+        clock_ns = self._clock.now_ns()
         seen = {fd: facts for fd, facts in changes.items() if facts is not None}
         closed = changes.keys() - seen.keys()
         table = self._table | seen
@@ -127,6 +135,7 @@ class PreDump:
             del table[fd]
         settled = self._find_settled(changes)
         candidates = {desc.id: desc for desc in settled.values()}
+        known = list(candidates.values())
         others = []
         for fds in group(ctx, {fd: table[fd] for fd in table.keys() - settled.keys()}):
             desc = self._find_earlier(fds, table, candidates)
@@ -135,7 +144,7 @@ class PreDump:
             else:
                 candidates[desc.id] = desc
             others.append(desc)
-        found = [*settled.values(), *others]
+        found = [*known, *others]
         kept = self._check(Recheck(self._job, DumpJob(ctx, found, content=True), candidates))
         # Ids are in the order of the numbers, as in a whole dump.
         lost = sorted([desc for desc in found if desc.id not in kept], key=attrgetter("fds"))
@@ -152,12 +161,15 @@ class PreDump:
         )
 
     def _find_settled(self, changes: Mapping[int, Facts | None]) -> dict[int, Description]:
-        """Return, by number, the earlier descriptions of those that are as they were, and that no other can share."""
-        settled = dict(self._alone)
-        for fd, facts in changes.items():
-            settled.pop(fd, None)
-            if facts is not None:
-                settled.pop(self._fd_of_key.get(facts.key, -1), None)
+        """Return, by number, the earlier descriptions of those that are as they were, with the same numbers."""
+        settled = dict(self._apart)
+        doubtful = [self._table[fd].key for fd in changes.keys() & self._table.keys()]
+        doubtful += [facts.key for facts in changes.values() if facts is not None]
+        doubtful += [self._table[fds[0]].key for fds in self._together if not is_shared(self._ctx, fds)]
+        for key in doubtful:
+            if (desc := self._of_key.get(key)) is not None:
+                for fd in desc.fds:
+                    settled.pop(fd, None)
         return settled
 
     def _renew(self, desc: Description) -> Description:

@@ -6,21 +6,26 @@ Source: socket(7).
 from __future__ import annotations
 
 import socket
-import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from agent.state.openfile import Description, DumpJob
 
 
-@contextmanager
-def opened(fd: int, family: int, kind: int, protocol: int) -> Iterator[socket.socket]:
-    """Lend a socket object for an agent descriptor; the descriptor stays its owner's."""
-    sock = socket.socket(family, kind, protocol, fileno=fd)
-    try:
-        yield sock
-    finally:
-        sock.detach()
+class opened:
+    """Lend a socket object for an agent descriptor; the descriptor stays its owner's.
+
+    It is the plain one of the C module: its family and type are numbers.
+    """
+
+    __slots__ = ("_sock",)
+
+    def __init__(self, fd: int, family: int, kind: int, protocol: int) -> None:
+        self._sock = socket.SocketType(family, kind, protocol, fd)
+
+    def __enter__(self) -> socket.SocketType:
+        return self._sock
+
+    def __exit__(self, *error: object) -> None:
+        self._sock.detach()
 
 
 def kind_of_socket(job: DumpJob, desc: Description) -> str:
@@ -65,9 +70,8 @@ def socket_identity(fd: int) -> tuple[int, int, int]:
     :raises OSError: it is none; the descriptor is left open in any case.
     """
     with opened(fd, socket.AF_UNIX, socket.SOCK_STREAM, 0) as sock:
-        words = [
-            sock.getsockopt(socket.SOL_SOCKET, option, 4)
-            for option in (socket.SO_DOMAIN, socket.SO_TYPE, socket.SO_PROTOCOL)
-        ]
-    family, kind, protocol = (struct.unpack("i", word)[0] for word in words)
-    return family, kind, protocol
+        return (
+            sock.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN),
+            sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE),
+            sock.getsockopt(socket.SOL_SOCKET, socket.SO_PROTOCOL),
+        )

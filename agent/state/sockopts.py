@@ -8,6 +8,7 @@ include/uapi/asm-generic/socket.h.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import socket
@@ -119,59 +120,84 @@ BEFORE_BIND = frozenset(
 _getsockopt = libc["getsockopt"]
 
 Value = int | bytes
+Values = list[Value]
+"""What a socket answers to all questions of its Columns, in their order."""
 
-
-def _read(sock: socket.socket, option: Option) -> Value:
-    if option.length:
-        return sock.getsockopt(option.level, option.number, option.length)
-    return sock.getsockopt(option.level, option.number)
-
+_BUFFERS = {"SO_SNDBUF": (SO_SNDBUF, SOCK_SNDBUF_LOCK), "SO_RCVBUF": (SO_RCVBUF, SOCK_RCVBUF_LOCK)}
 
 _NOT_OF_STREAMS = frozenset({"IP_MULTICAST_TTL", "IPV6_MULTICAST_HOPS"})
 """Accepted connections have what came in with their first packet; nobody can set it."""
 
 
+class Columns(NamedTuple):
+    """All that one sort of socket is asked, the arguments of getsockopt(2) by columns, and what a new one answers."""
+
+    names: tuple[str, ...]
+    levels: tuple[int, ...]
+    numbers: tuple[int, ...]
+    lengths: tuple[int, ...]
+    defaults: tuple[Value, ...]
+
+    def ask(self, sock: socket.SocketType) -> Values:
+        """Put every question to a socket.
+
+        :raises OSError: it is of another sort.
+        """
+        # Without a line of Python for each: sockets that listen are asked all of it in the freeze.
+        return list(map(sock.getsockopt, self.levels, self.numbers, self.lengths))
+
+    def options(self, values: Values) -> SocketOptions:
+        """Return the options, among the answers of a socket, that a new one would not have."""
+        ints: dict[str, int] = {}
+        blobs: dict[str, bytes] = {}
+        answers = dict(zip(self.names, values))
+        for name, length, value, default in zip(self.names, self.lengths, values, self.defaults):
+            if value == default or name not in OPTIONS:
+                continue
+            if isinstance(value, int):
+                ints[name] = value
+            else:
+                blobs[name] = value.rstrip(b"\0") if length == 16 and name[-2:] != "EO" else value
+        # Before Linux kernel commit 04190bf8944d ("sock: allow reading and changing sk_userlocks with setsockopt") (in
+        # v5.15) nothing tells whether the sizes were set or grew by themselves.
+        locked = answers.get("SO_BUF_LOCK", 0)
+        for name, (_number, lock) in _BUFFERS.items():
+            size = answers[name]
+            if isinstance(locked, int) and locked & lock and isinstance(size, int):
+                ints[name] = size
+        return SocketOptions(ints=ints, blobs=blobs)
+
+
 @functools.cache
-def _defaults(family: int, kind: int, protocol: int) -> dict[str, tuple[Option, Value]]:
-    """The options that this sort of socket has, with the values of a new one."""
-    found: dict[str, tuple[Option, Value]] = {}
+def columns_of(family: int, kind: int, protocol: int) -> Columns:
+    """Return what a sort of socket is asked, as far as this kernel knows it: its sort, too, and what OPTIONS lists."""
+    questions = {
+        "SO_DOMAIN": Option(SOL_SOCKET, socket.SO_DOMAIN),
+        "SO_TYPE": Option(SOL_SOCKET, socket.SO_TYPE),
+        "SO_PROTOCOL": Option(SOL_SOCKET, socket.SO_PROTOCOL),
+        "SO_BUF_LOCK": Option(SOL_SOCKET, SO_BUF_LOCK),
+        **{name: Option(SOL_SOCKET, number) for name, (number, _lock) in _BUFFERS.items()},
+    }
     levels = {SOL_SOCKET}
     if family != socket.AF_UNIX:
         levels |= {SOL_IP, SOL_TCP if protocol == socket.IPPROTO_TCP else SOL_UDP}
         levels |= {SOL_IPV6} if family == socket.AF_INET6 else set()
+    for name, option in OPTIONS.items():
+        if option.level in levels and not (kind == socket.SOCK_STREAM and name in _NOT_OF_STREAMS):
+            questions[name] = option
+    rows: list[tuple[str, int, int, int, Value]] = []
     with socket.socket(family, kind, protocol) as sock:
-        for name, option in OPTIONS.items():
-            if option.level in levels and not (kind == socket.SOCK_STREAM and name in _NOT_OF_STREAMS):
-                try:
-                    found[name] = (option, _read(sock, option))
-                except OSError:
-                    continue  # This kernel, or this family, does not know it.
-    return found
+        for name, option in questions.items():
+            # This kernel, or this family, may not know it.
+            with contextlib.suppress(OSError):
+                rows.append((name, *option, sock.getsockopt(*option)))
+    return Columns(*zip(*rows))
 
 
-def dump_options(sock: socket.socket) -> SocketOptions:
+def dump_options(sock: socket.SocketType) -> SocketOptions:
     """Return the options of ``sock`` that a new socket would not have."""
-    ints: dict[str, int] = {}
-    blobs: dict[str, bytes] = {}
-    for name, (option, default) in _defaults(sock.family, sock.type, sock.proto).items():
-        value = _read(sock, option)
-        if value != default:
-            if isinstance(value, int):
-                ints[name] = value
-            else:
-                blobs[name] = value.rstrip(b"\0") if option.length == 16 and name[-2:] != "EO" else value
-    try:
-        locked = sock.getsockopt(SOL_SOCKET, SO_BUF_LOCK)
-    except OSError:
-        # Before Linux kernel commit 04190bf8944d ("sock: allow reading and changing sk_userlocks
-        # with setsockopt") (in v5.15) nothing tells whether the sizes were set or grew by
-        # themselves.
-        locked = 0
-    if locked & SOCK_SNDBUF_LOCK:
-        ints["SO_SNDBUF"] = sock.getsockopt(SOL_SOCKET, SO_SNDBUF)
-    if locked & SOCK_RCVBUF_LOCK:
-        ints["SO_RCVBUF"] = sock.getsockopt(SOL_SOCKET, SO_RCVBUF)
-    return SocketOptions(ints=ints, blobs=blobs)
+    columns = columns_of(sock.family, sock.type, sock.proto)
+    return columns.options(columns.ask(sock))
 
 
 def apply_options(sock: socket.socket, options: SocketOptions, *, before_bind: bool | None = None) -> None:
@@ -184,8 +210,8 @@ def apply_options(sock: socket.socket, options: SocketOptions, *, before_bind: b
         if before_bind is not None and (name in BEFORE_BIND) != before_bind:
             continue
         try:
-            if name in ("SO_SNDBUF", "SO_RCVBUF") and isinstance(value, int):
-                set_buffer(sock, SO_SNDBUF if name == "SO_SNDBUF" else SO_RCVBUF, value)
+            if name in _BUFFERS and isinstance(value, int):
+                set_buffer(sock, _BUFFERS[name][0], value)
                 continue
             option = OPTIONS.get(name)
             if option is None or bool(option.length) != isinstance(value, bytes):
@@ -206,7 +232,7 @@ def set_buffer(sock: socket.socket, option: int, value: int) -> None:
         sock.setsockopt(SOL_SOCKET, option, value // 2)
 
 
-def has_filter(sock: socket.socket) -> bool:
+def has_filter(sock: socket.SocketType) -> bool:
     """Say whether a packet filter is attached (SO_ATTACH_FILTER, SO_ATTACH_BPF)."""
     # The length counts instructions, not bytes: with 0 the kernel writes nothing and returns the
     # count.

@@ -105,7 +105,7 @@ def dump_unix(job: DumpJob, desc: Description) -> UnixSocket | None:
         )
 
 
-def _listener(job: DumpJob, sock: socket.socket) -> tuple[int, int] | None:
+def _listener(job: DumpJob, sock: socket.SocketType) -> tuple[int, int] | None:
     # What whoever connects is told with SO_PEERCRED: it is as of listen(2).
     pid, uid, gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
     return (uid, gid) if pid == job.ctx.pid else None
@@ -203,7 +203,7 @@ def _node_at(job: DumpJob, place: str, info: UnixInfo) -> os.stat_result | None:
     return None
 
 
-def _is_readable(sock: socket.socket) -> bool:
+def _is_readable(sock: socket.SocketType) -> bool:
     poller = select.poll()
     poller.register(sock.fileno(), select.POLLIN)
     return any(events & select.POLLIN for _, events in poller.poll(0))
@@ -213,7 +213,7 @@ class _InFlight(Exception):
     """A description is on its way that the process has no number for."""
 
 
-def peek_queue(job: DumpJob, sock: socket.socket) -> list[UnixMessage] | None:
+def peek_queue(job: DumpJob, sock: socket.SocketType) -> list[UnixMessage] | None:
     """Return what waits in the queue of a socket of the target.
 
     None when descriptors are among it that the process does not have open too.
@@ -236,7 +236,7 @@ def peek_queue(job: DumpJob, sock: socket.socket) -> list[UnixMessage] | None:
         return None
 
 
-def _walk(job: DumpJob, sock: socket.socket, before: int) -> list[UnixMessage]:
+def _walk(job: DumpJob, sock: socket.SocketType, before: int) -> list[UnixMessage]:
     # The queue is walked through with a peek offset, which is the socket's: it is put back at once.
     messages: list[UnixMessage] = []
     sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)
@@ -253,7 +253,7 @@ def _walk(job: DumpJob, sock: socket.socket, before: int) -> list[UnixMessage]:
         sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, before)
 
 
-def _peek_stream(job: DumpJob, sock: socket.socket) -> list[UnixMessage]:
+def _peek_stream(job: DumpJob, sock: socket.SocketType) -> list[UnixMessage]:
     length = struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.FIONREAD, bytes(4)))[0]
     if length == 0:
         return []
@@ -268,7 +268,7 @@ def _peek_stream(job: DumpJob, sock: socket.socket) -> list[UnixMessage]:
     return messages
 
 
-def _peek(job: DumpJob, sock: socket.socket, size: int) -> UnixMessage:
+def _peek(job: DumpJob, sock: socket.SocketType, size: int) -> UnixMessage:
     data, extra, flags, sender = sock.recvmsg(
         size, ANCILLARY_SPACE, socket.MSG_PEEK | socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
     )

@@ -85,7 +85,7 @@ class PreDump:
     def _dump(self, found: Iterable[Description]) -> None:
         # Obstacles do not matter: the final look finds them if they are still there.
         candidates = {}
-        self._by_kind: dict[str, list[tuple[int, Any]]] = {}
+        by_kind: dict[str, list[tuple[int, Any]]] = {}
         for desc in found:
             with contextlib.suppress(OSError):
                 is_candidate = not desc.link.startswith("socket:") or is_tcp(self._job, desc)
@@ -93,9 +93,14 @@ class PreDump:
                 if dumped is not None and _may_be_ahead(dumped[0]):
                     candidates[desc.id] = desc
                     self._files[desc.id] = dumped
-                    self._by_kind.setdefault(dumped[0].kind, []).append((desc.id, dumped[1]))
+                    by_kind.setdefault(dumped[0].kind, []).append((desc.id, dumped[1]))
             # The running target must not be left with copies for longer than a moment.
             self._ctx.drop_fetched()
+        self._by_kind = [  # Epolls after what they watch.
+            (kind.unchanged, by_kind[name])
+            for name, kind in FILE_KINDS.items()
+            if kind.unchanged is not None and name in by_kind
+        ]
         kept = self._check(Recheck(self._job, self._job, candidates))
         self._files = {number: self._files[number] for number in kept}
         for desc in kept.values():
@@ -110,12 +115,12 @@ class PreDump:
 
     def _check(self, check: Recheck) -> dict[int, Description]:
         """Find out which candidates are unchanged."""
-        candidates, by_kind = check.candidates, self._by_kind
-        for name, kind in FILE_KINDS.items():  # Epolls after what they watch.
-            if kind.unchanged is not None and name in by_kind:
-                found = [(candidates[n], body) for n, body in by_kind[name] if n in candidates]
-                check.kept.update((n, candidates[n]) for n in kind.unchanged(check, found))
-        return check.kept
+        candidates, kept = check.candidates, check.kept
+        for unchanged, rows in self._by_kind:
+            found = [(candidates[number], body) for number, body in rows if number in candidates]
+            for number in unchanged(check, found):
+                kept[number] = candidates[number]
+        return kept
 
     # -- the second look: the target is frozen -----------------------------------------------------------------------
 
@@ -128,24 +133,23 @@ class PreDump:
         ctx.forget_shared()
         changes = self._reader.changes(self._expected)
         clock_ns = self._clock.now_ns()
-        seen = {fd: facts for fd, facts in changes.items() if facts is not None}
-        closed = changes.keys() - seen.keys()
-        table = self._table | seen
-        for fd in closed:
-            del table[fd]
         settled = self._find_settled(changes)
         candidates = {desc.id: desc for desc in settled.values()}
-        known = list(candidates.values())
+        found = list(candidates.values())
+        table = self._table_after(changes)
         others = []
-        for fds in group(ctx, {fd: table[fd] for fd in table.keys() - settled.keys()}):
-            desc = self._find_earlier(fds, table, candidates)
-            if desc is None:
-                desc = describe(self._new_id(), fds, table)
-            else:
-                candidates[desc.id] = desc
-            others.append(desc)
-        found = [*known, *others]
+        if len(settled) < len(table):
+            for fds in group(ctx, {fd: table[fd] for fd in table.keys() - settled.keys()}):
+                desc = self._find_earlier(fds, table, candidates)
+                if desc is None:
+                    desc = describe(self._new_id(), fds, table)
+                else:
+                    candidates[desc.id] = desc
+                others.append(desc)
+            found += others
         kept = self._check(Recheck(self._job, DumpJob(ctx, found, content=True), candidates))
+        if not changes and not others and len(kept) == len(found):
+            return FilesChange(clock_monotonic_ns=clock_ns)
         # Ids are in the order of the numbers, as in a whole dump.
         lost = sorted([desc for desc in found if desc.id not in kept], key=attrgetter("fds"))
         renewed = {desc.id: self._renew(desc) for desc in lost}
@@ -154,11 +158,17 @@ class PreDump:
         require_carried(job)
         changed = [*renewed.values(), *(desc for desc in others if desc.id in kept)]
         return FilesChange(
-            closed=tuple(sorted(closed & self._entries.keys())),
+            closed=tuple(sorted(self._entries.keys() - table.keys())),
             fds=self._changed_entries(changed, table),
             files=files,
             clock_monotonic_ns=clock_ns,
         )
+
+    def _table_after(self, changes: Mapping[int, Facts | None]) -> Mapping[int, Facts]:
+        if not changes:
+            return self._table
+        table = {**self._table, **changes}
+        return {fd: facts for fd, facts in table.items() if facts is not None}
 
     def _find_settled(self, changes: Mapping[int, Facts | None]) -> dict[int, Description]:
         """Return, by number, the earlier descriptions of those that are as they were, with the same numbers."""

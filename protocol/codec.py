@@ -51,6 +51,8 @@ _Convert = Callable[[Any], Any]
 _INT_MIN = -(1 << 63)
 _INT_MAX = (1 << 64) - 1
 _SCALARS = (int, bool, str, bytes, float)
+_KEPT_BYTES = 1 << 18
+"""A packer that has made more than this is not kept: its buffer never shrinks."""
 # What a schema's own check may raise when it meets a value it did not expect.
 _CHECK_ERRORS = (ValueError, TypeError, ArithmeticError, LookupError)
 
@@ -64,14 +66,9 @@ def encode(obj: object) -> bytes:
     if not dataclasses.is_dataclass(cls):
         raise TypeError(f"{cls.__name__} is not a dataclass")
     try:
-        wire = _encoder(cls)(obj)
-        # Nested records are turned into maps one by one, when their turn comes: of tens of thousands, none stays.
-        packed: bytes = msgpack.packb(
-            wire, default=_inner_to_wire, use_bin_type=True, unicode_errors="surrogateescape"
-        )
+        return _pack(_encoder(cls)(obj))
     except (_Mismatch, ValueError, TypeError, OverflowError, RecursionError) as err:
         raise LocalProtocolError(f"Cannot encode {cls.__name__}: {err}") from err
-    return packed
 
 
 def decode(cls: type[T], data: Buffer, *, ignore_unknown: bool = False) -> T:
@@ -122,6 +119,26 @@ def decode_plain(data: Buffer) -> object:
     :raises RemoteProtocolError: when the bytes are not one encoded value.
     """
     return _unpack(data)
+
+
+# ---- plain values -> bytes ----
+
+
+def _pack(wire: dict[str, Any]) -> bytes:
+    # Whoever else packs at the same time, in another thread, finds none and makes one more.
+    try:
+        packer = _spare_packers.pop()
+    except IndexError:
+        # Nested records are turned into maps one by one, when their turn comes: of tens of thousands, none stays.
+        packer = msgpack.Packer(default=_inner_to_wire, use_bin_type=True, unicode_errors="surrogateescape")
+    packed: bytes = packer.pack(wire)
+    if len(packed) <= _KEPT_BYTES:
+        _spare_packers.append(packer)
+    return packed
+
+
+_spare_packers: list[msgpack.Packer] = []
+"""To make one takes longer than to pack most of what is packed: it has a large buffer."""
 
 
 class _Mismatch(Exception):
@@ -264,16 +281,18 @@ def _sequence(kind: Any, made: Any, item: _Convert, exact: type | None) -> _Conv
         if type(value) is not kind:
             raise _Mismatch(f"expected {kind.__name__}, got {_show(value)}")
         if exact is not None and set(map(type, value)) <= {exact}:
-            return value if made is kind else made(value)
+            # msgpack writes a tuple as it does a list.
+            return made(value) if made is tuple else value
         return made(map(item, value))
 
     return convert
 
 
-def _records_from_wire(made: Any, item: _Convert) -> _Convert:
+def _records_from_wire(made: Any, cls: Any, lenient: bool) -> _Convert:
     def convert(value: Any) -> Any:
         if type(value) is not list:
             raise _Mismatch(f"expected list, got {_show(value)}")
+        item = _decoder(cls, lenient)
         # In place: the map of one record makes room for the next record.
         for index, part in enumerate(value):
             value[index] = item(part)
@@ -309,6 +328,11 @@ def _exact(hint: Any) -> type | None:
     return typing.cast(type, hint) if hint in (int, bool, str, bytes) else None
 
 
+def _unconverted(hint: Any) -> type | None:
+    """As _exact(), of what stands in a list on its way out: records, too, are left to the packer."""
+    return typing.cast(type, hint) if dataclasses.is_dataclass(hint) else _exact(hint)
+
+
 def _plain(hint: Any) -> Any:
     while hasattr(hint, "__supertype__"):
         hint = hint.__supertype__
@@ -331,14 +355,14 @@ def _build(hint: Any, *, decoding: bool, lenient: bool) -> _Convert:
             return _optional(build(inner[0]), _exact(inner[0]))
     elif origin is list:
         if decoding and dataclasses.is_dataclass(args[0]):
-            return _records_from_wire(list, build(args[0]))
-        return _sequence(list, list, build(args[0]), _exact(args[0]))
+            return _records_from_wire(list, args[0], lenient)
+        return _sequence(list, list, build(args[0]), _unconverted(args[0]))
     elif origin is tuple:
         kind, made = (list, tuple) if decoding else (tuple, list)
         if len(args) == 2 and args[1] is Ellipsis:
             if decoding and dataclasses.is_dataclass(args[0]):
-                return _records_from_wire(tuple, build(args[0]))
-            return _sequence(kind, made, build(args[0]), _exact(args[0]))
+                return _records_from_wire(tuple, args[0], lenient)
+            return _sequence(kind, made, build(args[0]), _unconverted(args[0]))
         return _fixed(kind, made, tuple(build(arg) for arg in args))
     elif origin is dict and _plain(args[0]) in (int, str):
         return _mapping(build(args[0]), build(args[1]))

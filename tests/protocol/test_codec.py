@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import os
+import tracemalloc
 from dataclasses import dataclass, field
 from typing import Any, NewType
 
@@ -59,6 +60,11 @@ class Everything:
     leaf: Leaf
     leaves: list[Leaf]
     renamed: Number
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Nothing:
+    pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +132,43 @@ def test_file_names_that_are_not_utf8_travel_unharmed() -> None:
 
 def test_field_with_a_default_may_be_absent() -> None:
     assert decode(Leaf, msgpack.packb({"value": 4})) == Leaf(value=4)
+
+
+def test_fields_may_come_in_any_order() -> None:
+    wire: Any = decode_plain(encode(everything()))
+    assert decode(Everything, msgpack.packb(dict(reversed(wire.items())))) == everything()
+
+
+def test_first_field_that_does_not_fit_is_the_one_that_is_named() -> None:
+    for changes in ({"names": "ab", "maybe": "no"}, {"names": [1], "renamed": "9"}, {"names": ..., "leaf": 5}):
+        with pytest.raises(RemoteProtocolError, match=r"^Everything\.names: "):
+            decode(Everything, wire_of(**changes))
+    with pytest.raises(LocalProtocolError, match=r"^Everything\.names: "):
+        encode(everything(names=["a"], renamed="9"))
+
+
+def test_class_without_fields() -> None:
+    assert decode(Nothing, encode(Nothing())) == Nothing()
+    with pytest.raises(RemoteProtocolError, match=r"Nothing.*unknown field"):
+        decode(Nothing, msgpack.packb({"value": 1}))
+    with pytest.raises(RemoteProtocolError, match="expected a map for Nothing, got list"):
+        decode(Nothing, b"\x90")
+
+
+def test_nothing_is_left_of_a_value_that_could_not_be_encoded() -> None:
+    before = encode(everything())
+    with pytest.raises(LocalProtocolError):
+        encode(everything(leaves=[Leaf(value=1), Leaf(value=2**64)]))
+    assert encode(everything()) == before
+
+
+def test_large_value_leaves_no_large_buffer_behind() -> None:
+    tracemalloc.start()
+    try:
+        encode(everything(data=bytes(1 << 25)))
+        assert tracemalloc.get_traced_memory()[0] < 1 << 22
+    finally:
+        tracemalloc.stop()
 
 
 def test_numbers_are_welcome_as_a_float_only_when_encoding() -> None:

@@ -7,12 +7,12 @@ context never decides anything. Descriptor numbers are the agent's unless a name
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from agent.errors import DumpError, RestoreError
-from agent.kernel.pidfd import pidfd_getfd
+from agent.kernel.pidfd import pidfd_getfd, pidfd_getfds
 from agent.types import Pid
 
 if TYPE_CHECKING:
@@ -82,6 +82,12 @@ class DumpContext:
         if fd is None:
             fd = self.fetched[target_fd] = pidfd_getfd(self.pidfd, target_fd)
         return fd
+
+    def fetch_all(self, target_fds: Sequence[int]) -> list[int]:
+        """As fetch_fd() of each, for numbers that are not fetched yet; -1 of one that cannot be had."""
+        fds = pidfd_getfds(self.pidfd, target_fds)
+        self.fetched.update((number, fd) for number, fd in zip(target_fds, fds) if fd >= 0)
+        return fds
 
     def drop_fetched(self) -> None:
         """Close every fetched descriptor.

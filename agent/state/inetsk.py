@@ -17,14 +17,16 @@ import os
 import select
 import socket
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import NamedTuple
 
 from agent.errors import RestoreError
 from agent.kernel.libc import libc
 from agent.state.context import DumpContext
 from agent.state.openfile import (
+    AT_ONCE,
     Candidates,
     Description,
     DumpJob,
@@ -33,8 +35,8 @@ from agent.state.openfile import (
     PreflightJob,
     Recheck,
     RestoreJob,
+    are_nobodys,
     find_holders,
-    read_owner,
     set_status_flags,
 )
 from agent.state.sockets import opened, socket_identity
@@ -252,25 +254,35 @@ def _show(address: InetAddress | None) -> str:
     return f"[{address.host}]:{address.port}" if ":" in address.host else f"{address.host}:{address.port}"
 
 
-def inet_unchanged(check: Recheck, found: Candidates[InetSocket]) -> Iterator[int]:
+def inet_unchanged(check: Recheck, found: Candidates[InetSocket]) -> Iterable[int]:
     """Of TCP sockets that nobody outside can reach, or that will be found reset: those that a dump describes as before.
 
     Datagrams would come to a socket as soon as it is bound, so all of UDP is made in the end.
     """
-    for desc, body in found:
-        if body.type != socket.SOCK_STREAM or body.state is InetState.CONNECTED:
-            continue
-        if check.now is check.before or _is_as_before(check, desc, body):
-            yield desc.id
+    tcp = [
+        (desc, body)
+        for desc, body in found
+        if body.type == socket.SOCK_STREAM and body.state is not InetState.CONNECTED
+    ]
+    if check.now is check.before:
+        return [desc.id for desc, _body in tcp]
+    return chain.from_iterable(_as_before(check, tcp[low : low + AT_ONCE]) for low in range(0, len(tcp), AT_ONCE))
+
+
+def _as_before(check: Recheck, some: Candidates[InetSocket]) -> list[int]:
+    ctx = check.now.ctx
+    try:
+        free = are_nobodys(ctx.fetch_all([desc.fd for desc, _body in some]))
+        return [desc.id for (desc, body), is_free in zip(some, free) if is_free and _is_as_before(check, desc, body)]
+    finally:
+        ctx.drop_fetched()
 
 
 def _is_as_before(check: Recheck, desc: Description, body: InetSocket) -> bool:
     # Where it is not, the dump that follows says why it cannot be carried.
     job = check.now
+    fd = job.fetch(desc)
     try:
-        fd = job.fetch(desc)
-        if read_owner(fd) is not None:
-            return False
         with opened(fd, body.family, body.type, body.protocol) as sock:
             if body.state is InetState.RESET:
                 if job.ctx.options.tcp_close and _is_connected(sock):
@@ -281,8 +293,6 @@ def _is_as_before(check: Recheck, desc: Description, body: InetSocket) -> bool:
         return dump_inet(job, desc) == body
     except OSError:
         return False
-    finally:
-        job.ctx.drop_fetched()  # The agent has no room for copies of thousands.
 
 
 def _is_connected(sock: socket.SocketType) -> bool:

@@ -17,8 +17,10 @@ import re
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from agent.kernel.many import try_each
 from agent.kernel.pidfd import pidfd_getfd
 from agent.procfs.fdinfo import FdInfo
 from agent.procfs.status import read_status
@@ -49,6 +51,9 @@ F_GETSIG = 11
 F_SETOWN_EX = 15
 F_SETSIG = 10
 
+AT_ONCE = 128
+"""How many files are looked at together: the agent has room for so many beside those of fdinfo."""
+
 REOPEN_FLAGS = (
     os.O_ACCMODE | os.O_APPEND | os.O_NONBLOCK | O_SYNC | O_DIRECT | O_LARGEFILE | O_DIRECTORY
     | O_NOFOLLOW | O_NOATIME | O_PATH
@@ -56,6 +61,7 @@ REOPEN_FLAGS = (
 """Flags that open(2) takes again. O_ASYNC is set at the end, by the process itself."""
 
 _F_OWNER_EX = struct.Struct("ii")
+_NO_OWNER = bytes(_F_OWNER_EX.size)
 _INO = re.compile(r"\[(\d+)\]$")
 
 
@@ -231,6 +237,17 @@ def read_owner(fd: int) -> FileOwner | None:
     if pid == 0 and signal == 0:
         return None
     return FileOwner(type=kind, pid=_own_pid(pid) if pid else 0, signal=signal)
+
+
+def are_nobodys(fds: Sequence[int]) -> list[bool]:
+    """Tell of each of some agent descriptors whether read_owner() has nobody to name; not of -1."""
+    owners: list[Any] = try_each(fcntl.fcntl, fds, repeat(F_GETOWN_EX), repeat(_NO_OWNER))
+    signals = try_each(fcntl.fcntl, fds, repeat(F_GETSIG))
+    return [
+        # Nobody is the same for all, as far as anybody knows; where it is not, the words are read one by one.
+        owner == _NO_OWNER and signal == 0 or (owner is not None and read_owner(fd) is None)
+        for fd, owner, signal in zip(fds, owners, signals)
+    ]
 
 
 def _own_pid(pid: int) -> int:

@@ -15,15 +15,13 @@ import struct
 import termios
 from collections.abc import Iterable, Sequence
 from itertools import chain, repeat
-from typing import Any
 
 from agent.errors import DumpError, RestoreError
 from agent.kernel.libc import check, libc
 from agent.kernel.many import try_each
-from agent.kernel.pidfd import pidfd_getfds
+from agent.state.context import DumpContext
 from agent.state.openfile import (
-    F_GETOWN_EX,
-    F_GETSIG,
+    AT_ONCE,
     O_DIRECT,
     REOPEN_FLAGS,
     Candidates,
@@ -34,7 +32,7 @@ from agent.state.openfile import (
     PreflightJob,
     Recheck,
     RestoreJob,
-    read_owner,
+    are_nobodys,
     set_status_flags,
 )
 from agent.state.regfile import locate
@@ -43,12 +41,6 @@ from protocol.state.pipe import PipeEnd
 F_SETPIPE_SZ = 1031
 F_GETPIPE_SZ = 1032
 SPLICE_F_NONBLOCK = 0x02
-NO_OWNER = bytes(8)
-"""struct f_owner_ex of a file that nobody owns."""
-
-ENDS_AT_ONCE = 128
-"""How many ends are looked at together: the agent has room for so many files beside those of fdinfo."""
-
 _tee = libc["tee"]
 
 
@@ -82,10 +74,10 @@ def pipe_unchanged(recheck: Recheck, found: Candidates[PipeEnd]) -> Iterable[int
     """See FileKind. An empty pipe with the same ends as before: only all of them together say that it is the same."""
     ends = [(desc, body) for desc, body in found if not body.path]  # A FIFO has a name that others see.
     # A process that runs must not be left with copies for longer than a moment.
-    size = ENDS_AT_ONCE if recheck.now.content else 1
+    size = AT_ONCE if recheck.now.content else 1
     plain: set[int] = set()
     for low in range(0, len(ends), size):
-        plain.update(_plain_ends(recheck.now.ctx.pidfd, ends[low : low + size]))
+        plain.update(_plain_ends(recheck.now.ctx, ends[low : low + size]))
     # One end that is gone, new, or not plain, and the pipe is another one.
     descriptions = chain(recheck.before.descriptions, recheck.now.descriptions)
     spoiled = {desc.link for desc in descriptions if desc.id not in plain}
@@ -97,30 +89,25 @@ def pipe_unchanged(recheck: Recheck, found: Candidates[PipeEnd]) -> Iterable[int
     return [desc.id for desc, _body in ends if desc.link in whole]
 
 
-def _plain_ends(pidfd: int, ends: Candidates[PipeEnd]) -> list[int]:
+def _plain_ends(ctx: DumpContext, ends: Candidates[PipeEnd]) -> list[int]:
     """Return by id which of the ends have no owner, and are of a pipe that is as described and has nothing in it."""
-    got = pidfd_getfds(pidfd, [desc.fd for desc, _body in ends])
-    fds = [fd for fd in got if fd >= 0]
     try:
+        got = ctx.fetch_all([desc.fd for desc, _body in ends])
+        fds = [fd for fd in got if fd >= 0]
         # The capacity was read from the running target by its number: another pipe's, perhaps, just then.
         capacities = try_each(fcntl.fcntl, fds, repeat(F_GETPIPE_SZ))
-        owners: list[Any] = try_each(fcntl.fcntl, fds, repeat(F_GETOWN_EX), repeat(NO_OWNER))
-        signals = try_each(fcntl.fcntl, fds, repeat(F_GETSIG))
         poller = select.poll()
         try_each(poller.register, fds, repeat(select.POLLIN))
         full = {fd for fd, _events in poller.poll(0)}
         return [
             desc.id
-            for fd, (desc, body), capacity, owner, signal in zip(
-                fds, (end for fd, end in zip(got, ends) if fd >= 0), capacities, owners, signals
+            for fd, (desc, body), capacity, is_nobodys in zip(
+                fds, (end for fd, end in zip(got, ends) if fd >= 0), capacities, are_nobodys(fds)
             )
-            if capacity == body.capacity
-            and fd not in full
-            # Nobody's is the same for all, as far as anybody knows; where it is not, the words are read one by one.
-            and (owner == NO_OWNER and signal == 0 or read_owner(fd) is None)
+            if capacity == body.capacity and fd not in full and is_nobodys
         ]
     finally:
-        try_each(os.close, fds)
+        ctx.drop_fetched()
 
 
 def _ends_are_here(fd: int, desc: Description, ends: Sequence[Description]) -> bool:

@@ -265,6 +265,9 @@ CHANGES: dict[str, tuple[str, set[int]]] = {
     "taken over by another one like it": (
         "file('b', 70, os.O_RDWR, 0); os.lseek(70, 7, 0); os.dup2(70, 11)", {12}
     ),
+    "taken over by another one that has no other number": (
+        "file('b', 70, os.O_RDWR, 0); os.lseek(70, 7, 0); os.dup2(70, 11); os.close(70)", {12}
+    ),
     "another pipe": ("os.close(22); os.close(23); pipe(22, 23)", {22, 23}),
     "event counted": ("os.eventfd_write(31, 1)", {31}),
     "watched event counted": ("os.eventfd_write(30, 1)", {30, 50, 51}),

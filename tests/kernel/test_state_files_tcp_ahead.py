@@ -63,6 +63,11 @@ SOCKET_CHANGES: dict[str, tuple[str, set[int]]] = {
     "stopped listening": ("lent(11).shutdown(2)", {11, 51}),
     "option": ("lent(11).setsockopt(1, 9, 1)", {11, 51}),
     "option of TCP": ("lent(11).setsockopt(6, 9, 5)", {11, 51}),
+    "option of IP": ("lent(12).setsockopt(0, 1, 16)", {12}),
+    "option set and taken back": ("s = lent(11); s.setsockopt(1, 9, 1); s.setsockopt(1, 9, 0)", set()),
+    "option that is a structure": ("lent(11).setsockopt(1, 13, struct.pack('ii', 1, 5))", {11, 51}),
+    "option that is a text": ("lent(11).setsockopt(6, 13, b'reno')", {11, 51}),
+    "size of a buffer": ("lent(11).setsockopt(1, 8, 1 << 16)", {11, 51}),
     "backlog": ("lent(11).listen(9)", {11, 51}),
     "non-blocking": ("os.set_blocking(11, False)", {11, 51}),
     "owner": ("fcntl.fcntl(11, 10, 12)", {11, 51}),
@@ -102,6 +107,26 @@ def test_what_was_made_ahead_listens_from_the_freeze_on(tmp_path: Path) -> None:
     with socket.socket() as again:
         again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the connection of just now
         again.bind(address)
+
+
+def test_a_filter_attached_since_the_first_look_is_refused(tmp_path: Path) -> None:
+    later = """
+    program = ctypes.create_string_buffer(struct.pack("HBBI", 6, 0, 0, 0xFFFF))
+    lent(10).setsockopt(1, 26, struct.pack("HxxxxxxQ", 1, ctypes.addressof(program)))
+    """
+    assert refused_later(tmp_path, "tcp(10, 0, 7)", later) == {"fd 10"}
+
+
+def test_sockets_of_the_next_protocol_are_known_again(tmp_path: Path) -> None:
+    before = """
+    for number in (10, 11):
+        s = socket.socket(socket.AF_INET6); s.bind(("::1", 0)); s.listen(5)
+        place(s.detach(), number)
+    """
+    later = "socket.socket(fileno=os.dup(11)).setsockopt(41, 67, 8)  # IPV6_TCLASS"
+    state = told(tmp_path, before, later)
+    assert state.prepared == {0, 1, 2, 10, 11}
+    assert state.dumped == {11}
 
 
 def test_a_connection_made_since_the_first_look_is_refused(tmp_path: Path) -> None:

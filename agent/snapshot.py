@@ -6,10 +6,12 @@ procfs and a few ptrace requests. Nothing here changes the target.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 
 from agent.check import Target
+from agent.errors import TooLateError
 from agent.link import Link
 from agent.procfs.limits import read_limits
 from agent.procfs.process import (
@@ -38,6 +40,9 @@ from protocol.state.limits import NR_LIMITS, RLIM_INFINITY, LimitsState, Resourc
 from protocol.state.plan import PlanState
 from protocol.state.predump import PreDumpState
 from protocol.state.sched import MAX_NODES_BYTES
+from protocol.state.thread import ThreadsAheadState, ThreadsState
+
+_log = logging.getLogger(__name__)
 
 
 def send_plan(link: Link, target: Target) -> None:
@@ -131,6 +136,18 @@ class TaskSender:
         target = self._target
         self._brk = plan_brk(leader)
         self._policies = dict if target.policy_nodes is None else plan_policies(leader, target.pid)
+
+    def send_ahead(self, link: Link, tracer: Tracer) -> None:
+        """Dump the idle threads of the running target, send them, and leave them parked."""
+        try:
+            threads = self._dump.dump_ahead(tracer)
+        except TooLateError as err:
+            _log.info("No thread is dumped ahead: %s", err)
+            tracer.detach_all()
+            return
+        if threads:
+            state = ThreadsAheadState(threads=ThreadsState.of(threads))
+            link.send(encode_section("threads_ahead", self._target.ns_pid, state))
 
     def send(self, link: Link, tracer: Tracer, on_dumped: Callable[[], None]) -> bool:
         """Every thread is stopped under this thread's ptrace: dump all, and send it, the memory descriptor too.

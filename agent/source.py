@@ -56,6 +56,7 @@ from agent.state.files import dump_files, has_direct_io
 from agent.state.inetsk import reset_connections
 from agent.state.predump import PreDump
 from agent.target.hold import Hold
+from agent.target.parking import interrupt_parked
 from agent.target.tracer import Tracer
 from agent.tracker.base import Tracker
 from agent.tracker.choose import REFERENCE, Choice, choose_tracker
@@ -394,6 +395,7 @@ class _Migration:
                     if attempt == 1:
                         self._send_latest(rounds)
                         pace.enter_context(urgent())
+                        self.task_sender.send_ahead(link, tracer)
                     self._freeze(tracer)
                     try:
                         is_sent = self._send_task(link, tracer, partial(rounds.look_ahead, executor))
@@ -460,6 +462,8 @@ class _Migration:
         if link.recorded:
             return self._finish_image(link, tracer, tracker)
         with self._phase("restore", frozen=True):
+            # The hold counts on each thread to look for signals before it runs again: parked ones may sleep till then.
+            interrupt_parked(tracer)
             link.expect(Restored)
         hold = Hold(tracer)
         with interrupts.shielded(raise_after=False):

@@ -17,7 +17,7 @@ import resource
 import signal
 import struct
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -40,6 +40,7 @@ from agent.procfs.process import list_children, list_tids
 from agent.procfs.stat import Stat, read_stat
 from agent.procfs.status import Status, read_status, read_task_status
 from agent.procfs.timers import read_timers
+from agent.state.ahead import ThreadsAhead
 from agent.state.creds import check_creds_restore, creds_of, own_securebits, own_status
 from agent.state.limits import (
     check_limits_restore,
@@ -98,7 +99,7 @@ from protocol.state.creds import CredState
 from protocol.state.limits import LimitsState
 from protocol.state.process import ProcessState
 from protocol.state.signals import SignalsState
-from protocol.state.thread import ThreadsState, ThreadState
+from protocol.state.thread import KeptThreadsState, ThreadsAheadState, ThreadsState, ThreadState
 from protocol.state.timers import TimersState
 
 if TYPE_CHECKING:
@@ -125,6 +126,8 @@ class TaskState:
     signals: SignalsState
     timers: TimersState
     threads: tuple[ThreadState, ...]
+    ahead: frozenset[int] = frozenset()
+    """Ids of the threads that were sent ahead."""
 
     def __post_init__(self) -> None:
         if not self.threads or self.threads[0].tid != self.process.pid:
@@ -147,7 +150,9 @@ class TaskState:
             ("signals", pid, self.signals),
             ("timers", pid, self.timers),
         ]
-        threads = self.threads
+        if self.ahead:
+            shared.append(("kept_threads", pid, KeptThreadsState(tids=tuple(sorted(self.ahead)))))
+        threads = [thread for thread in self.threads if thread.tid not in self.ahead]
         for first in range(0, len(threads), _THREADS_PER_SECTION):
             some = ThreadsState.of(threads[first : first + _THREADS_PER_SECTION])
             shared.append(("threads", pid, some))
@@ -171,6 +176,12 @@ class TaskState:
         process = one(ProcessState)
         try:
             threads = [thread for some in found.get(ThreadsState, []) for thread in some.threads()]
+            early = [some.threads for some in found.get(ThreadsAheadState, [])]
+            ahead = {thread.tid: thread for some in early for thread in some.threads()}
+            kept = [tid for some in found.get(KeptThreadsState, []) for tid in some.tids]
+            if strangers := set(kept) - ahead.keys():
+                raise RestoreError(f"Thread {min(strangers)} was not sent ahead, as the source says that it was")
+            threads += [ahead[tid] for tid in kept]
             return cls(
                 process=process,
                 limits=one(LimitsState),
@@ -196,6 +207,7 @@ def warm_up() -> None:
 class TaskDump:
     """The dump of one process. Prepared while it runs; once all its threads are stopped: plan(), run the batches,
     with the steps of look() meanwhile or afterwards, then state(), or by steps peek(), states(), put_together().
+    Before they are stopped, dump_ahead() takes those that are idle.
 
     ``also`` adds further calls to the leader's batch. It is called again when those that are prepared do not fit.
     """
@@ -213,6 +225,7 @@ class TaskDump:
         self._private: list[tuple[bytes, ...]] = []
         self._window_ns = 0
         self._prepare()
+        self._ahead = ThreadsAhead(self._pid, list_tids(self._pid), self._read_status)
 
     def _prepare(self) -> None:
         """Lay out the calls of the leader and those of each other thread."""
@@ -233,10 +246,28 @@ class TaskDump:
     def _status_path(self, tid: int) -> str:
         return f"/proc/{self._pid}/task/{tid}/status"
 
+    def _read_status(self, tid: int) -> bytes:
+        read = read_bytes if self._proc is None else self._proc.read_bytes
+        return read(self._status_path(tid))
+
     def close(self) -> None:
         """Close what is open for a dump; closing twice is harmless."""
         if self._proc is not None:
             self._proc.close()
+
+    def dump_ahead(self, tracer: Tracer) -> Sequence[ThreadState]:
+        """Dump the threads that have been idle since this was made, and park them; the process runs.
+
+        :raises MigrationError: something cannot be dumped. The caller lets go of all threads.
+        """
+        self._ahead.dump(tracer, self._of_others, self._others, self._named())
+        for tid, state in self._ahead.states.items():
+            self._host_tids[tid] = state.tid
+        return list(self._ahead.states.values())
+
+    def _named(self) -> set[int]:
+        """Return the tids of the threads that timers send signals to."""
+        return {timer.target for timer in self._made_timers if timer.is_tid}
 
     def plan(self, tracer: Tracer, *, anew: bool = False) -> Mapping[int, Copy]:
         """Ask ptrace about the stopped threads; return the batches to run, by host tid, the leader's first.
@@ -245,8 +276,10 @@ class TaskDump:
         """
         if anew or read_timers(self._pid) != self._made_timers:
             self._prepare()
+        self._ahead.recheck(tracer, self._named())
         self._planned_ns = time.monotonic_ns()
-        threads = sorted(tracer.threads.values(), key=lambda t: (t.tid != self._pid, t.tid))
+        asked = [thread for thread in tracer.threads.values() if not thread.parked]
+        threads = sorted(asked, key=lambda t: (t.tid != self._pid, t.tid))
         # Which of the stopping signals it was makes no difference any more: SIGCONT ends each.
         stopped = any(thread.in_group_stop for thread in threads)
         self._stop_signal = int(signal.SIGSTOP) if stopped else 0
@@ -259,10 +292,9 @@ class TaskDump:
 
     def look(self) -> Iterator[object]:
         """Read what /proc shows, step by step."""
-        read = read_bytes if self._proc is None else self._proc.read_bytes
         for study in self._studies:
             tid = study.thread.tid
-            self._statuses[tid] = read(self._status_path(tid))
+            self._statuses[tid] = self._read_status(tid)
             yield tid
         self._files = read_process_files(self._pid, self._statuses[self._pid])
         yield self._files
@@ -280,7 +312,7 @@ class TaskDump:
         After the timers were read, as settle_expired() wants it. A timer that went off in between has queued its signal
         for the process, or for the thread it names, behind the back of the calls.
         """
-        named = {timer.target for timer in self._made_timers if timer.is_tid}
+        named = self._named()
         self._shared = peek_shared_pending(self._pid)
         self._private = [
             peek_private_pending(thread, queued=thread.tid in named or self._had_pending(thread.tid))
@@ -313,12 +345,14 @@ class TaskDump:
     def put_together(self, threads: Iterable[ThreadState]) -> TaskState:
         """Return everything, given all that states() makes."""
         everything = [info for queue in (self._shared, *self._private) for info in queue]
+        ahead = self._ahead.states
         return TaskState(
             process=self._process(self._files, self._stop_signal),
             limits=self._limits,
             signals=SignalsState(actions=self._actions(), pending=self._shared),
             timers=settle_expired(self._timers(), everything, self._window_ns),
-            threads=tuple(threads),
+            threads=(*threads, *ahead.values()),
+            ahead=frozenset(state.tid for state in ahead.values()),
         )
 
 

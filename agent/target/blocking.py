@@ -10,10 +10,15 @@ import time
 from typing import Final
 
 from agent.kernel import syscalls as nr
+from agent.kernel.futex import (
+    FUTEX_CLOCK_REALTIME,
+    FUTEX_CMD_MASK,
+    FUTEX_PRIVATE_FLAG,
+    FUTEX_WAIT,
+    FUTEX_WAIT_BITSET,
+)
 
 _TIMER_ABSTIME: Final = 1
-_FUTEX_CMD_MASK: Final = 127
-_FUTEX_WAIT: Final = 0
 
 EINTR_CALLS: Final = frozenset(
     (
@@ -73,7 +78,7 @@ def has_limit(number: int, args: tuple[int, ...]) -> bool:
         clock = signed_int(args[0])
         if args[1] & _TIMER_ABSTIME or clock < 0 or clock in CPU_CLOCKS:
             return False
-    if number == nr.NR_futex and args[1] & _FUTEX_CMD_MASK != _FUTEX_WAIT:
+    if number == nr.NR_futex and args[1] & FUTEX_CMD_MASK != FUTEX_WAIT:
         return False
     return args[TIMESPEC_ARGUMENT[number]] != 0
 
@@ -81,6 +86,30 @@ def has_limit(number: int, args: tuple[int, ...]) -> bool:
 def has_time_limit(number: int, args: tuple[int, ...]) -> bool:
     """The same of any call."""
     return number in TIMED_CALLS and has_limit(number, args)
+
+
+def takes_nothing(number: int, args: tuple[int, ...]) -> bool:
+    """Tell whether a call does nothing but wait, for a time on a clock or for a thread of the same process.
+
+    Whoever leaves it by itself has taken nothing that others could miss, and written nothing.
+    """
+    if number == nr.NR_futex:
+        operation = args[1] & ~FUTEX_CLOCK_REALTIME
+        waits = operation in (FUTEX_WAIT | FUTEX_PRIVATE_FLAG, FUTEX_WAIT_BITSET | FUTEX_PRIVATE_FLAG)
+        return waits and not has_limit(number, args)
+    if number != nr.NR_clock_nanosleep or not args[1] & _TIMER_ABSTIME:
+        return False
+    clock = signed_int(args[0])
+    return clock >= 0 and clock not in CPU_CLOCKS
+
+
+def end_of(number: int, args: tuple[int, ...]) -> tuple[int, int] | None:
+    """Return the clock, and the address of the time on it, at which a call that takes_nothing() ends; None: never."""
+    if number == nr.NR_clock_nanosleep:
+        return signed_int(args[0]), args[2]
+    if args[1] & FUTEX_CMD_MASK == FUTEX_WAIT or not args[3]:
+        return None
+    return time.CLOCK_REALTIME if args[1] & FUTEX_CLOCK_REALTIME else time.CLOCK_MONOTONIC, args[3]
 
 
 def signed_int(value: int) -> int:

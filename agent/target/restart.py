@@ -138,6 +138,11 @@ def in_syscall(regs: user_regs_struct) -> bool:
     return regs.orig_rax < 1 << 63
 
 
+def is_made_again(regs: user_regs_struct) -> bool:
+    """Tell whether the registers are those of a call that the kernel makes again when the thread is let go."""
+    return in_syscall(regs) and regs.result in (*_CALL_AGAIN, -ERESTART_RESTARTBLOCK)
+
+
 def _rewound(regs: user_regs_struct, number: int) -> user_regs_struct:
     again = regs.copy()
     again.rax = number

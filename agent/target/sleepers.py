@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 from agent.kernel import syscalls as nr
 from agent.procfs.files import read_text
-from agent.procfs.process import list_tids
 from agent.procfs.sched import parse_sched
 from agent.procfs.stat import read_task_stat
 from agent.procfs.status import read_voluntary_switches
@@ -39,16 +38,12 @@ class SleepSample(NamedTuple):
     voluntary_switches: int
 
 
-def sample_sleepers(pid: int) -> tuple[dict[int, SleepSample], set[int]]:
+def sample_sleepers(pid: int, tids: Sequence[int]) -> tuple[dict[int, SleepSample], set[int]]:
     """Return, by tid, what threads with a time limit sleep in; to be called right before they are interrupted.
 
     Also the tids of those whose call will most likely return EINTR when they are: see hide_eintr().
     """
     delicate: set[int] = set()
-    try:
-        tids = list_tids(pid)
-    except OSError:
-        return {}, delicate
     return _sample(pid, tids, delicate), delicate
 
 

@@ -36,6 +36,8 @@ class TracedThread:
         self.pending_stop_signal = 0
         """Signal taken from its queue but not delivered yet (signal-delivery-stop), or 0."""
         self.in_group_stop = False
+        self.parked = False
+        """Whether it sleeps in a call, and stops by itself before it runs anything: see agent.target.parking."""
         self.holds_sigstop = False
         """Whether a SIGSTOP of agent.target.hold is queued for the process."""
         self.sample: SleepSample | None = None

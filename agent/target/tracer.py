@@ -22,7 +22,7 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Final, final
@@ -72,7 +72,8 @@ class Tracer:
         self.errands = Errands()
         """What to do instead of waiting."""
         self.stopped_ns = 0
-        """When stop_all() stopped the first thread, by CLOCK_MONOTONIC."""
+        """When stop_all() stopped the first thread, by CLOCK_MONOTONIC; or when a parked one was last known to sleep,
+        of which it turned out that it did not."""
         self._options = ptrace.PTRACE_O_TRACESYSGOOD
         if kill_on_exit:
             # No exec events: the skeleton may not have left its own exec yet, though its descriptors are closed.
@@ -160,13 +161,36 @@ class Tracer:
                 self._check_program()
                 return thread
 
+    def stop_some(self, tids: Sequence[int]) -> list[TracedThread]:
+        """Stop some threads, of those that do not end meanwhile, and return them; the others are not touched.
+
+        :raises TargetGone: the process called exec. :raises FreezeError: one cannot be traced or does not stop.
+        """
+        samples, _ = sleepers.sample_sleepers(self.pid, tids)
+        threads = []
+        for tid in tids:
+            with suppress(TargetGone, ProcessLookupError):
+                thread = self.seize(tid)
+                thread.sample = samples.get(tid)
+                ptrace.interrupt(tid)
+                threads.append(thread)
+        self._check_program()
+        for thread in threads:
+            self._await_interrupted(thread)
+        return [thread for thread in threads if thread.stopped]
+
     def stop_all(self) -> list[TracedThread]:
         """Stop every thread, those that are made meanwhile too, and return them, the leader first.
+
+        Those that are parked stay so.
+
 
         :raises TargetGone: the process died or called exec. :raises FreezeError: a thread cannot be traced or stopped.
         """
         # Sampled and seized before the first thread stops: this part costs no downtime.
-        samples, delicate = sleepers.sample_sleepers(self.pid)
+        parked = {thread.tid for thread in self.threads.values() if thread.parked}
+        running = [tid for tid in self._list_tids() if tid not in parked]
+        samples, delicate = sleepers.sample_sleepers(self.pid, running)
         tids = self._seize_listed()
         self._check_program()  # a seized thread tells by itself when it calls exec
         self.stopped_ns = time.monotonic_ns()
@@ -175,7 +199,7 @@ class Tracer:
             interrupted = []
             for tid in sorted(tids, key=delicate.__contains__):
                 thread = self.threads[tid]
-                if thread.stopped:
+                if thread.stopped or thread.parked:
                     continue
                 thread.sample = samples.get(tid)
                 try:
@@ -198,7 +222,8 @@ class Tracer:
                 self._check_program()
         if not self.threads:
             raise TargetGone(f"Process {self.pid} is gone")
-        return sorted(self.threads.values(), key=lambda t: (t.tid != self.pid, t.tid))
+        stopped = (thread for thread in self.threads.values() if not thread.parked)
+        return sorted(stopped, key=lambda t: (t.tid != self.pid, t.tid))
 
     def _seize_listed(self) -> list[int]:
         """Seize all threads that there are now; return their ids."""
@@ -249,6 +274,7 @@ class Tracer:
     def detach(self, thread: TracedThread) -> None:
         """Let go of a thread: it runs on exactly as before, or stays in its group-stop."""
         if not thread.stopped:
+            thread.parked = False
             ptrace.interrupt(thread.tid)
             self.wait_stopped(thread)
         self.before_release(thread)
@@ -257,8 +283,12 @@ class Tracer:
         ptrace.detach(thread.tid, thread.pending_stop_signal)
 
     def detach_all(self) -> None:
-        """Let go of all threads; the leader goes last."""
-        known = sorted(self.threads.values(), key=lambda t: t.tid == self.pid)
+        """Let go of all threads: the leader after the others, and parked ones, which sleep, last."""
+        known = sorted(self.threads.values(), key=lambda t: (t.parked, t.tid == self.pid))
+        for thread in known:
+            if thread.parked:
+                with suppress(ProcessLookupError):
+                    ptrace.interrupt(thread.tid)
         for thread in known:
             self._ignore_death(thread, self.detach)
         self._reap(self._dead)

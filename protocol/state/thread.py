@@ -220,6 +220,24 @@ class ThreadsState:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThreadsAheadState:
+    """Threads that were idle before the freeze, as they were then: only those count that KeptThreadsState names."""
+
+    threads: ThreadsState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptThreadsState:
+    """The ids of the threads that the freeze found as they were sent ahead."""
+
+    tids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.tids or min(self.tids) <= 0 or len({*self.tids}) != len(self.tids):
+            raise ValueError(f"{len(self.tids)} ids of threads are not valid")
+
+
 def _without_zeros(data: bytes) -> bytes:
     """Return it without the zeros at its end: rstrip(), which looks at one byte after the other, but in big steps."""
     end = len(data)
@@ -251,3 +269,5 @@ def _kind_of(thread: ThreadState, rseq: RseqState) -> ThreadKind:
 
 
 register("threads", ThreadsState, version_id=1, minimum_version_id=1)
+register("threads_ahead", ThreadsAheadState, version_id=1, minimum_version_id=1)
+register("kept_threads", KeptThreadsState, version_id=1, minimum_version_id=1)

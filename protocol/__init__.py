@@ -31,6 +31,7 @@ Sequence
       |-- Switchover ----------------------------------->|               SWITCHOVER
       |   ... if the target writes a lot one more round, |
       |       for whose RoundPlaced nobody waits ...     |               FINAL_ROUND, SWITCHOVER
+      |-- StateSection "threads_ahead" (idle ones) ----->|               "kept_threads" names those that count
       |   all threads stopped                            |
       |-- StateSection * (the final ones) -------------->|
       |-- StateSection "files" or "files_change" ------->|               restore of all but memory

@@ -77,8 +77,8 @@ def test_blocked_calls_survive_an_agent_that_lets_them_go_on(
     source: Host, destination: Host, tmp_path: Path
 ) -> None:
     workload, seconds = begin_all(source, tmp_path, moves=2)
-    agent_send(
-        source, tmp_path, "--leave-running", workload.pid, f"file:{tmp_path}/image", check=COMPLETED
-    )
+    image = tmp_path / "image"
+    agent_send(source, tmp_path, "--leave-running", workload.pid, f"file:{image}", check=COMPLETED)
+    assert b"kept_threads" in image.read_bytes()  # Some of them were dumped ahead, and slept on.
     migrate(workload, destination, tmp_path)
     assert_calls_ended_right(workload, destination, seconds, moves=2)

@@ -281,6 +281,9 @@ def test_stopped_process_is_left_as_it_is() -> None:
         with Tracer(target.pid) as tracer:
             assert task.dump_ahead(tracer) == []
             assert not tracer.threads
-        assert {read_task_status(target.pid, tid).state for tid in list_tids(target.pid)} == {"T"}
+        # Let go, each comes to its stop again by itself.
+        tids = list_tids(target.pid)
+        wait_for(lambda: all(read_task_status(target.pid, tid).state == "T" for tid in tids), "all are stopped")
+        assert target.hear(0.05) == b""
         os.kill(target.pid, signal.SIGCONT)
         target.check_alive()

@@ -32,9 +32,9 @@ from protocol.state.thread import ThreadState
 _SOON_NS: Final = 20_000_000
 _EACH_NS: Final = 200_000
 """Who waits for less than this, and so much more for each thread of the process, is left alone: he would wake."""
-_LOOKS: Final = 20
+_ASLEEP_S: Final = 0.005
 _LOOK_S: Final = 0.00002
-"""How often it is looked whether a thread that was let go sleeps again, at most, and after which time."""
+"""How long threads that were let go may take to fall asleep again, and how often it is looked."""
 _TIMESPEC: Final = struct.Struct("<qq")
 _TRACKS: Final = re.compile(
     rb"^State:\t(\w).*?^voluntary_ctxt_switches:\t(\d+)\nnonvoluntary_ctxt_switches:\t(\d+)", re.DOTALL | re.MULTILINE
@@ -94,9 +94,10 @@ class ThreadsAhead:
             else:
                 states[tid] = calls.collect(copies[tid], study, statuses[tid], ())
         self._parked_ns = time.monotonic_ns()
+        deadline = time.monotonic() + _ASLEEP_S
         for thread in park(tracer, [studies[tid].thread for tid in states]):
             tid = thread.tid
-            tracks = self._wait_asleep(tid)
+            tracks = self._wait_asleep(tid, deadline)
             if tracks is not None:
                 self._kept[tid] = _Kept(states[tid], tracks, traits[tid])
 
@@ -140,13 +141,13 @@ class ThreadsAhead:
                 if is_idle:
                     yield tid
 
-    def _wait_asleep(self, tid: int) -> tuple[bytes, ...] | None:
+    def _wait_asleep(self, tid: int, deadline: float) -> tuple[bytes, ...] | None:
         with suppress(OSError):
-            for _ in range(_LOOKS):
-                tracks = _tracks(self._read_status(tid))
-                if tracks[:1] == (b"S",):
-                    return tracks
+            while (tracks := _tracks(self._read_status(tid)))[:1] != (b"S",):
+                if time.monotonic() > deadline:
+                    return None
                 time.sleep(_LOOK_S)
+            return tracks
         return None
 
     def _holds(self, tid: int, kept: _Kept) -> bool:

@@ -157,6 +157,8 @@ class Host:
                 self._unshare.kill()
                 self._unshare.wait(WAIT_S)
         for process in self._started:
+            # nsenter stops itself when the program inside is stopped, and would go on being so without it.
+            process.popen.send_signal(signal.SIGCONT)
             process.popen.wait(WAIT_S)
             for stream in (process.popen.stdin, process.popen.stdout, process.popen.stderr):
                 if stream is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -45,6 +46,15 @@ def test_everything_inside_ends_with_the_host(tmp_path: Path) -> None:
         assert host.outer_pid(sleeper.inner) == sleeper.outer
         assert sleeper.alive
     assert not is_alive(sleeper.outer)
+
+
+def test_stopped_program_ends_with_the_host(tmp_path: Path) -> None:
+    with Host("short") as host:
+        sleeper = host.start_detached(["sleep", "1000"], tmp_path / "out", last_pid=5000)
+        sleeper.kill(signal.SIGSTOP)
+        stat = Path(f"/proc/{sleeper.popen.pid}/stat")
+        wait_until(lambda: ") T " in stat.read_text(), "nsenter to stop itself")
+    assert sleeper.popen.returncode is not None
 
 
 def test_clocks_of_a_host_can_be_ahead() -> None:

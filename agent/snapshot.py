@@ -30,7 +30,7 @@ from agent.state.mempolicy import plan_policies
 from agent.state.mm import dump_mm, plan_brk
 from agent.state.predump import PreDump
 from agent.state.sched import bound_cpus
-from agent.state.task import TaskDump
+from agent.state.task import TaskDump, in_sections
 from agent.target.inject import Batch, Injector
 from agent.target.tracer import Tracer
 from protocol.messages import StateSection
@@ -40,7 +40,7 @@ from protocol.state.limits import NR_LIMITS, RLIM_INFINITY, LimitsState, Resourc
 from protocol.state.plan import PlanState
 from protocol.state.predump import PreDumpState
 from protocol.state.sched import MAX_NODES_BYTES
-from protocol.state.thread import ThreadsAheadState, ThreadsState
+from protocol.state.thread import ThreadsAheadState
 
 _log = logging.getLogger(__name__)
 
@@ -145,9 +145,8 @@ class TaskSender:
             _log.info("No thread is dumped ahead: %s", err)
             tracer.detach_all()
             return
-        if threads:
-            state = ThreadsAheadState(threads=ThreadsState.of(threads))
-            link.send(encode_section("threads_ahead", self._target.ns_pid, state))
+        for some in in_sections(threads):
+            link.send(encode_section("threads_ahead", self._target.ns_pid, ThreadsAheadState(threads=some)))
 
     def send(self, link: Link, tracer: Tracer, on_dumped: Callable[[], None]) -> bool:
         """Every thread is stopped under this thread's ptrace: dump all, and send it, the memory descriptor too.

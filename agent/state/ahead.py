@@ -11,7 +11,6 @@ All ids are as the agent sees them.
 from __future__ import annotations
 
 import re
-import struct
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
@@ -25,6 +24,7 @@ from agent.target.blocking import end_of, takes_nothing
 from agent.target.inject import Injector
 from agent.target.memory import TargetMemory
 from agent.target.parking import may_park, park, unpark
+from agent.target.restart import read_timespec_ns
 from agent.target.template import Template
 from agent.target.tracer import Tracer
 from protocol.state.thread import ThreadState
@@ -35,7 +35,6 @@ _EACH_NS: Final = 200_000
 _ASLEEP_S: Final = 0.005
 _LOOK_S: Final = 0.00002
 """How long threads that were let go may take to fall asleep again, and how often it is looked."""
-_TIMESPEC: Final = struct.Struct("<qq")
 _TRACKS: Final = re.compile(
     rb"^State:\t(\w).*?^voluntary_ctxt_switches:\t(\d+)\nnonvoluntary_ctxt_switches:\t(\d+)", re.DOTALL | re.MULTILINE
 )
@@ -47,7 +46,7 @@ _TRAITS: Final = re.compile(rb"\AName:\t(.*?)\n.*?^SigPnd:\t0+\n.*?^Cpus_allowed
 class _Kept(NamedTuple):
     state: ThreadState
     tracks: tuple[bytes, ...]
-    traits: tuple[object, ...] | None
+    traits: tuple[object, ...]
 
 
 class ThreadsAhead:
@@ -78,24 +77,25 @@ class ThreadsAhead:
         :raises MigrationError: a thread cannot be dumped; those that are stopped are the caller's to let go.
         """
         self._kept = {}
-        studies = {study.thread.tid: study for study in self._study(tracer, but)}
+        studies, statuses, traits = {}, {}, {}
+        for study in self._study(tracer, but):
+            # Looked at before the calls are made: what changes meanwhile differs in the freeze.
+            tid = study.thread.tid
+            status = self._read_status(tid)
+            found = _traits(tid, status)
+            if found is None:
+                tracer.detach(study.thread)
+            else:
+                studies[tid], statuses[tid], traits[tid] = study, status, found
         if not studies:
             return
-        # Looked at before the calls are made: what changes meanwhile differs in the freeze.
-        statuses = {tid: self._read_status(tid) for tid in studies}
-        traits = {tid: _traits(tid, status) for tid, status in statuses.items()}
         copies = {tid: template.copy() for tid in studies}
         with Injector(tracer) as injector:
             injector.run_parallel(copies)
-        states = {}
-        for tid, study in studies.items():
-            if traits[tid] is None or calls.had_pending(copies[tid]):
-                tracer.detach(study.thread)
-            else:
-                states[tid] = calls.collect(copies[tid], study, statuses[tid], ())
+        states = {tid: calls.collect(copies[tid], study, statuses[tid], ()) for tid, study in studies.items()}
         self._parked_ns = time.monotonic_ns()
         deadline = time.monotonic() + _ASLEEP_S
-        for thread in park(tracer, [studies[tid].thread for tid in states]):
+        for thread in park(tracer, [study.thread for study in studies.values()]):
             tid = thread.tid
             tracks = self._wait_asleep(tid, deadline)
             if tracks is not None:
@@ -172,6 +172,5 @@ def _traits(tid: int, status: bytes) -> tuple[object, ...] | None:
 
 def _time_until(memory: TargetMemory, clock: int, address: int, shift_ns: int) -> int:
     """Return how many ns it is until the time at an address; ``shift_ns``: what CLOCK_MONOTONIC is ahead there."""
-    seconds, nanoseconds = _TIMESPEC.unpack(memory.read(address, _TIMESPEC.size))
-    end_ns: int = seconds * 1_000_000_000 + nanoseconds
-    return end_ns - time.clock_gettime_ns(clock) - (shift_ns if clock == time.CLOCK_MONOTONIC else 0)
+    now_ns = time.clock_gettime_ns(clock) + (shift_ns if clock == time.CLOCK_MONOTONIC else 0)
+    return read_timespec_ns(memory, address) - now_ns

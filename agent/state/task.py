@@ -153,9 +153,7 @@ class TaskState:
         if self.ahead:
             shared.append(("kept_threads", pid, KeptThreadsState(tids=tuple(sorted(self.ahead)))))
         threads = [thread for thread in self.threads if thread.tid not in self.ahead]
-        for first in range(0, len(threads), _THREADS_PER_SECTION):
-            some = ThreadsState.of(threads[first : first + _THREADS_PER_SECTION])
-            shared.append(("threads", pid, some))
+        shared += [("threads", pid, some) for some in in_sections(threads)]
         return shared
 
     @classmethod
@@ -191,6 +189,12 @@ class TaskState:
             )
         except ValueError as err:
             raise RestoreError(f"Received task state makes no sense: {err}") from err
+
+
+def in_sections(threads: Sequence[ThreadState]) -> Iterator[ThreadsState]:
+    """Put threads together, as many at a time as a section has room for."""
+    for first in range(0, len(threads), _THREADS_PER_SECTION):
+        yield ThreadsState.of(threads[first : first + _THREADS_PER_SECTION])
 
 
 def warm_up() -> None:

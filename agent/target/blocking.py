@@ -78,7 +78,7 @@ def has_limit(number: int, args: tuple[int, ...]) -> bool:
         clock = signed_int(args[0])
         if args[1] & _TIMER_ABSTIME or clock < 0 or clock in CPU_CLOCKS:
             return False
-    if number == nr.NR_futex and args[1] & FUTEX_CMD_MASK != FUTEX_WAIT:
+    if number == nr.NR_futex and signed_int(args[1]) & FUTEX_CMD_MASK != FUTEX_WAIT:
         return False
     return args[TIMESPEC_ARGUMENT[number]] != 0
 
@@ -94,7 +94,7 @@ def takes_nothing(number: int, args: tuple[int, ...]) -> bool:
     Whoever leaves it by itself has taken nothing that others could miss, and written nothing.
     """
     if number == nr.NR_futex:
-        operation = args[1] & ~FUTEX_CLOCK_REALTIME
+        operation = signed_int(args[1]) & ~FUTEX_CLOCK_REALTIME
         waits = operation in (FUTEX_WAIT | FUTEX_PRIVATE_FLAG, FUTEX_WAIT_BITSET | FUTEX_PRIVATE_FLAG)
         return waits and not has_limit(number, args)
     if number != nr.NR_clock_nanosleep or not args[1] & _TIMER_ABSTIME:
@@ -107,7 +107,7 @@ def end_of(number: int, args: tuple[int, ...]) -> tuple[int, int] | None:
     """Return the clock, and the address of the time on it, at which a call that takes_nothing() ends; None: never."""
     if number == nr.NR_clock_nanosleep:
         return signed_int(args[0]), args[2]
-    if args[1] & FUTEX_CMD_MASK == FUTEX_WAIT or not args[3]:
+    if not args[3]:
         return None
     return time.CLOCK_REALTIME if args[1] & FUTEX_CLOCK_REALTIME else time.CLOCK_MONOTONIC, args[3]
 

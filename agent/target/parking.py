@@ -13,14 +13,13 @@ Sources: ptrace(2), kernel/entry/common.c, kernel/signal.c.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import suppress
 
 from agent.errors import TargetGone
 from agent.kernel import ptrace
-from agent.kernel.arch import SYSCALL_ARGUMENTS, user_regs_struct
 from agent.target.blocking import takes_nothing
-from agent.target.restart import is_made_again
+from agent.target.restart import arguments, is_made_again
 from agent.target.traced import StopKind, TracedThread
 from agent.target.tracer import Tracer
 
@@ -32,20 +31,18 @@ def may_park(thread: TracedThread) -> bool:
         not thread.in_group_stop
         and not thread.pending_stop_signal
         and is_made_again(regs)
-        and takes_nothing(regs.orig_rax, _arguments(regs))
+        and takes_nothing(regs.orig_rax, arguments(regs))
     )
 
 
-def park(tracer: Tracer, threads: Iterable[TracedThread]) -> list[TracedThread]:
+def park(tracer: Tracer, threads: Sequence[TracedThread]) -> list[TracedThread]:
     """Park stopped threads that may_park(); return those that are, the others are let go of."""
-    entering = []
     for thread in threads:
         tracer.before_release(thread)
         thread.stopped = False
         ptrace.cont_to_syscall(thread.tid)
-        entering.append(thread)
     parked = []
-    for thread in entering:
+    for thread in threads:
         stop = tracer.wait_stop(thread)
         if stop.kind is StopKind.SYSCALL:
             thread.forget()
@@ -54,6 +51,7 @@ def park(tracer: Tracer, threads: Iterable[TracedThread]) -> list[TracedThread]:
             ptrace.cont_to_syscall(thread.tid)
             parked.append(thread)
             continue
+        # A signal, or a group-stop, has come first.
         thread.forget()
         if stop.kind is StopKind.SIGNAL:
             thread.pending_stop_signal = stop.sig
@@ -69,18 +67,12 @@ def interrupt_parked(tracer: Tracer) -> None:
                 ptrace.interrupt(thread.tid)
 
 
-def unpark(tracer: Tracer, threads: Iterable[TracedThread]) -> None:
+def unpark(tracer: Tracer, threads: Sequence[TracedThread]) -> None:
     """Stop parked threads as stop_all() does others; one that has ended is forgotten."""
-    waited = []
     for thread in threads:
         thread.parked = False
         with suppress(ProcessLookupError):
             ptrace.interrupt(thread.tid)
-        waited.append(thread)
-    for thread in waited:
+    for thread in threads:
         with suppress(TargetGone):
             tracer.wait_stopped(thread)
-
-
-def _arguments(regs: user_regs_struct) -> tuple[int, ...]:
-    return tuple(getattr(regs, name) for name in SYSCALL_ARGUMENTS)

@@ -268,7 +268,7 @@ def remaining_ns(thread: TracedThread, request_ns: int | None, status: bytes | N
 
 def _matches(sample: SleepSample, thread: TracedThread, status: bytes | None = None) -> bool:
     regs = thread.regs
-    if regs.orig_rax not in (sample.nr, nr.NR_restart_syscall) or sample.args != _arguments(regs):
+    if regs.orig_rax not in (sample.nr, nr.NR_restart_syscall) or sample.args != arguments(regs):
         return False
     # Our stop is the one switch since the sample.
     if status is None:
@@ -276,11 +276,16 @@ def _matches(sample: SleepSample, thread: TracedThread, status: bytes | None = N
     return parse_voluntary_switches(status) == sample.voluntary_switches + 1
 
 
-def _arguments(regs: user_regs_struct) -> tuple[int, ...]:
+def arguments(regs: user_regs_struct) -> tuple[int, ...]:
+    """Return the six arguments of the call that the registers are those of."""
     return tuple(getattr(regs, name) for name in SYSCALL_ARGUMENTS)
 
 
-def _timespec_ns(memory: TargetMemory, vaddr: int) -> int:
+def read_timespec_ns(memory: TargetMemory, vaddr: int) -> int:
+    """Return the nanoseconds in a struct timespec of the target.
+
+    :raises OSError: there is none at ``vaddr``.
+    """
     seconds, nanoseconds = struct.unpack("<qq", memory.read(vaddr, 16))
     total: int = seconds * 1_000_000_000 + nanoseconds
     return total
@@ -332,7 +337,7 @@ def settle(thread: TracedThread, memory: TargetMemory) -> None:
         return
     if regs.orig_rax == nr.NR_restart_syscall:
         return
-    call = KnownCall(regs.orig_rax, _arguments(regs), regs.rip, regs.rsp, None)
+    call = KnownCall(regs.orig_rax, arguments(regs), regs.rip, regs.rsp, None)
     if has_time_limit(call.nr, call.args):
         remaining = _restart_remaining_ns(thread, memory, call)
         deadline = time.clock_gettime_ns(time.CLOCK_MONOTONIC) + remaining
@@ -342,7 +347,7 @@ def settle(thread: TracedThread, memory: TargetMemory) -> None:
 
 def _identify(thread: TracedThread, memory: TargetMemory) -> KnownCall | None:
     regs = thread.regs
-    args = _arguments(regs)
+    args = arguments(regs)
     known = _known.get((thread.pid, thread.tid))
     if known is not None and known[1:4] == (args, regs.rip, regs.rsp):
         return known
@@ -373,13 +378,13 @@ def _restart_remaining_ns(thread: TracedThread, memory: TargetMemory, call: Know
     argument = REMAINDER_ARGUMENT.get(call.nr)
     if argument is not None and call.args[argument]:
         try:
-            return max(_timespec_ns(memory, call.args[argument]), 0)
+            return max(read_timespec_ns(memory, call.args[argument]), 0)
         except OSError:
             log.debug("thread %d: remainder at %#x unreadable", thread.tid, call.args[argument])
     if call.nr in MILLISECONDS_ARGUMENT:
         request = max(signed_int(call.args[MILLISECONDS_ARGUMENT[call.nr]]), 0) * 1_000_000
     else:
-        request = _timespec_ns(memory, call.args[TIMESPEC_ARGUMENT[call.nr]])
+        request = read_timespec_ns(memory, call.args[TIMESPEC_ARGUMENT[call.nr]])
     remaining = remaining_ns(thread, request)
     return request if remaining is None else remaining
 
@@ -411,7 +416,7 @@ def rearm_restart_block(
 def note_restart(thread: TracedThread, regs: user_regs_struct, state: RestartState) -> None:
     """Note what a restored thread with a restart block was interrupted in; it goes on with ``regs``."""
     deadline = time.clock_gettime_ns(time.CLOCK_MONOTONIC) + state.remaining_ns
-    call = KnownCall(state.nr, _arguments(regs), regs.rip, regs.rsp, deadline)
+    call = KnownCall(state.nr, arguments(regs), regs.rip, regs.rsp, deadline)
     _known[thread.pid, thread.tid] = call
 
 

@@ -184,7 +184,6 @@ class Tracer:
 
         Those that are parked stay so.
 
-
         :raises TargetGone: the process died or called exec. :raises FreezeError: a thread cannot be traced or stopped.
         """
         # Sampled and seized before the first thread stops: this part costs no downtime.

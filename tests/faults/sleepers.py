@@ -2,14 +2,16 @@
 
 Usage: python -m tests.faults.sleepers STATUS_FILE
 
-Two more threads hand a counter to each other through pipes, SIGALRM ticks in the main thread, a blocked SIGUSR1 and two
-blocked real-time signals with values stay pending for good. Mappings and descriptors stay the same once the first
-note is written. Runs until killed.
+One more waits for a lock, for as long as it takes, and two for one that nobody gives back: they never have anything to
+do. Two hand a counter to each other through pipes, SIGALRM ticks in the main thread, a blocked SIGUSR1 and two blocked
+real-time signals with values stay pending for good. Mappings and descriptors stay the same once the first note is
+written. Runs until killed.
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import select
 import signal
@@ -25,6 +27,9 @@ from tests.workloads.status import Status
 
 SLEEP_S = 0.15
 _FUTEX_WAIT_PRIVATE = 128
+_FUTEX_WAIT_BITSET_PRIVATE = 137
+_ANY_BIT = 0xFFFFFFFF
+_TIMER_ABSTIME = 1
 _SYS_RECVFROM = 45
 _SYS_READ = 0
 _ETIMEDOUT, _EAGAIN = -110, -11
@@ -77,7 +82,24 @@ def sleeps() -> dict[str, tuple[Callable[[], int], int]]:
             ),
             _ETIMEDOUT,
         ),
+        "futex_until": (
+            lambda: libc.syscall(
+                libc.NR_futex, ctypes.byref(word), _FUTEX_WAIT_BITSET_PRIVATE, 0, ctypes.byref(end()), None, _ANY_BIT
+            ),
+            _ETIMEDOUT,
+        ),
+        "clock_nanosleep": (
+            lambda: libc.syscall(
+                libc.NR_clock_nanosleep, time.CLOCK_MONOTONIC, _TIMER_ABSTIME, ctypes.byref(end()), None
+            ),
+            0,
+        ),
     }
+
+
+def end() -> libc.timespec:
+    """When a sleep that begins now ends."""
+    return libc.seconds(time.monotonic() + SLEEP_S)
 
 
 def repeat(
@@ -90,6 +112,13 @@ def repeat(
         slept = time.monotonic() - began
         status.check(result == expected, f"{name} gave {libc.name_of(result)} after {slept:.4f} s")
         status.check(slept > SLEEP_S - 0.002, f"{name} took only {slept:.4f} s")
+        counts[index] += 1
+
+
+def wait_for(lock: threading.Lock, counts: list[int], index: int) -> None:
+    """Take a lock for ever, and count."""
+    while True:
+        lock.acquire()
         counts[index] += 1
 
 
@@ -113,12 +142,18 @@ def main() -> None:
     there, back = os.pipe(), os.pipe()
     turns = [0]
     plans = sleeps()
-    counts = [0] * len(plans)
+    counts = [0] * (len(plans) + 1)
+    lock, taken = threading.Lock(), threading.Lock()
+    lock.acquire()
+    taken.acquire()
     threads = [
         threading.Thread(target=repeat, args=(status, name, *plan, counts, index), daemon=True)
         for index, (name, plan) in enumerate(plans.items())
     ]
     threads += [
+        threading.Thread(target=taken.acquire, daemon=True),
+        threading.Thread(target=taken.acquire, daemon=True),
+        threading.Thread(target=wait_for, args=(lock, counts, len(plans)), daemon=True),
         threading.Thread(target=hand_over, args=(status, there[0], back[1], turns), daemon=True),
         threading.Thread(target=hand_over, args=(status, back[0], there[1], turns), daemon=True),
     ]
@@ -140,9 +175,11 @@ def main() -> None:
         siginfo[0:7] = [signal.SIGRTMIN, 0, -1, 0, os.getpid(), os.getuid(), value]
         libc.syscall(libc.NR_rt_sigqueueinfo, os.getpid(), signal.SIGRTMIN, siginfo)
     os.write(there[1], (1).to_bytes(8, "little"))
-    while True:
+    for number in itertools.count():
         status.note(turns=turns[0], ticks=ticks[0], sleeps=counts)
         time.sleep(0.05)
+        if number % 5 == 0 and lock.locked():
+            lock.release()
 
 
 if __name__ == "__main__":

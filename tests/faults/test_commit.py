@@ -23,13 +23,20 @@ DESTINATION = "agent.destination:_Migration."
 TRACER = "agent.target.tracer:Tracer."
 HOLD = "agent.target.hold:Hold."
 REBUILD = "agent.rebuild:Rebuild."
+AHEAD = "agent.state.ahead:"
 
 
 # What must have come of it: the process runs where it was ("here"), over there, or is frozen until resolved.
 SENDER_POINTS = {
     STORE + "record_undecided:before": "here",
     STORE + "record_undecided:after": "here (record left)",
+    TRACER + "stop_some:after": "here (record left)",
+    AHEAD + "park:before": "here (record left)",
+    AHEAD + "park:after": "here (record left)",
+    AHEAD + "ThreadsAhead.dump:after": "here (record left)",
     SOURCE + "_freeze:after": "here (record left)",
+    AHEAD + "ThreadsAhead._holds:after": "here (record left)",
+    "agent.source:interrupt_parked:after": "here (record left)",
     HOLD + "take:before": "here (record left)",
     HOLD + "take:after": "aborted by resolve",
     SOURCE + "_commit:after": "committed by resolve",
@@ -84,6 +91,10 @@ def test_receiver_in_doubt_about_its_own_record_keeps_silent(arena: Arena) -> No
     assert arena.sent is not None and arena.sent.status == UNDECIDED, str(arena.sent)
 
 
+def test_sender_too_slow_to_dump_idle_threads_ahead_moves_all_the_same(arena: Arena) -> None:
+    assert arena.move(Strike("send", AHEAD + "ThreadsAhead.dump:after", victim="late")) == "there"
+
+
 @pytest.mark.parametrize("agent", ["send", "recv"])
 @pytest.mark.timeout(120 + 20 * ROUNDS)
 def test_agent_killed_at_random_instants(arena: Arena, agent: str) -> None:
@@ -125,6 +136,7 @@ WINDOWS = {
         ((SOURCE + "run:before", total), 1000),
         ((SOURCE + "_handshake:before", lambda arena: 0.1 * total(arena)), 1000),
         ((TRACER + "stop:before", lambda arena: 0.2 * total(arena)), 1000),
+        ((AHEAD + "ThreadsAhead.dump:before", downtime), 1000),
         ((SOURCE + "_freeze:before", downtime), 1000),
         ((SOURCE + "_send_final:before", downtime), 1000),
         ((HOLD + "take:before", lambda arena: 0.05 * downtime(arena)), 3000),

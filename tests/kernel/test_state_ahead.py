@@ -10,23 +10,29 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pytest
 
+from agent.check import open_target
 from agent.errors import RestoreError
 from agent.kernel.libc import syscall
 from agent.kernel.syscalls import NR_tgkill
 from agent.procfs.process import list_tids
 from agent.procfs.status import read_task_status
+from agent.snapshot import TaskSender
 from agent.state.task import TaskDump, TaskState
 from agent.target.hold import Hold
 from agent.target.inject import Injector
 from agent.target.parking import interrupt_parked
 from agent.target.tracer import Tracer
+from agent.types import Pid
+from protocol.sections import decode_section
+from protocol.state import load_all
 from protocol.state.thread import KeptThreadsState, ThreadsAheadState, ThreadsState, ThreadState
 from tests.kernel.support import skip_unless_root, wait_for
 from tests.kernel.test_inject import running
+from tests.kernel.test_rounds import Recorder, options_for
 from tests.kernel.test_state_task_dump import context_of
 
 POOL = """
@@ -150,6 +156,26 @@ def test_sections_name_who_was_sent_ahead() -> None:
     assert together.leader == state.leader
     with pytest.raises(RestoreError, match="was not sent ahead"):
         TaskState.from_sections([ThreadsAheadState(threads=ThreadsState.of(ahead[:4])), *sections])
+
+
+def test_many_are_sent_ahead_in_several_sections(monkeypatch: pytest.MonkeyPatch) -> None:
+    load_all()
+    monkeypatch.setattr("agent.state.task._THREADS_PER_SECTION", 2)
+    link = Recorder()
+    with pool() as child, open_target(Pid(child.pid), options_for(child.pid)) as target:
+        sender = TaskSender(target)
+        with Tracer(child.pid) as tracer:
+            sender.send_ahead(cast(Any, link), tracer)
+            ahead = list(link.sections)
+            tracer.stop_all()
+            assert sender.send(cast(Any, link), tracer, lambda: None)
+        sender.close()
+        whole = TaskState.from_sections(map(decode_section, link.sections))
+        assert sorted(thread.tid for thread in whole.threads) == list_tids(child.pid)
+        child.check_alive()
+    assert {section.kind for section in ahead} == {"threads_ahead"}
+    numbers = [len(decode_section(section).threads.tids) for section in ahead]
+    assert len(numbers) > 1 and max(numbers) == 2
 
 
 def test_who_wakes_before_the_freeze_runs_nothing_and_is_dumped_anew() -> None:

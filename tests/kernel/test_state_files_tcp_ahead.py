@@ -23,8 +23,7 @@ from agent.state.predump import PreDump
 from agent.types import Pid
 from protocol.state.files import FilesState
 from tests.kernel.files_support import Options
-from tests.kernel.test_state_files_install import AGENT_PIDFD, skeleton
-from tests.kernel.test_state_files_predump import (
+from tests.kernel.predump_support import (
     changing_child,
     let_change,
     outcome,
@@ -34,6 +33,7 @@ from tests.kernel.test_state_files_predump import (
     told,
     whole_of,
 )
+from tests.kernel.test_state_files_install import AGENT_PIDFD, skeleton
 
 CLOSE = Options(tcp_close=True)
 
